@@ -100,18 +100,18 @@ fn random_batches_that_failed_once_agree_with_the_truth() {
     }
 }
 
-/// A batch of [`any_batch_agrees_with_the_truth`], which prints its fields when it fails.
+/// One batch of [`any_batch_agrees_with_the_truth`], which prints these fields when it fails.
 struct RandomBatch {
     how: Draw,
     settings: LossSettings,
     seed: u64,
     budget: usize,
-    /// References, in the rectangular form.
+    /// Number of reference rows; `None`: the square form.
     against: Option<usize>,
 }
 
 impl RandomBatch {
-    /// How far the CPU is from the truth; `None` if a pair lies too near a threshold.
+    /// The CPU backend's errors against the truth; `None` if a pair lies too near a threshold.
     fn report(&self) -> Option<Report> {
         let Self { how, settings, seed, budget, against } = *self;
         let (anchors, labels) = draw(how, seed);
@@ -149,7 +149,7 @@ fn half_precision_rows_give_the_loss_of_the_rounded_rows() {
 
 #[test]
 fn a_row_that_stands_on_both_sides_is_no_positive_of_itself() {
-    // Every row a class of its own, and all of them in the memory: nothing may be mined, in any type.
+    // Every row is its own class and also a reference: the pair with itself must not count, in any type.
     for (dim, noise) in [(7, 3.0), (512, 3.0), (1024, 3.0), (2048, 3.0), (2049, 3.0)] {
         let how = Draw { rows: 200, dim, classes: 1, noise, ignored: 0, duplicates: 0 };
         let (rows, _) = draw(how, dim as u64);
@@ -183,7 +183,7 @@ fn one_backend_serves_batches_of_changing_shape() {
 
 #[test]
 fn memory_is_linear_in_the_batch() {
-    // Without a budget, so that what is left is what the passes themselves hold.
+    // Budget 0 stores no candidates: only the memory of the passes themselves remains.
     let bytes = |rows: usize| {
         let how = Draw { rows, dim: 4, classes: rows / 5, noise: 1.5, ignored: 0, duplicates: 0 };
         let (rows, labels) = draw(how, 1);
@@ -267,11 +267,11 @@ fn nearest_agrees_with_a_full_sort() {
     for k in [1, 8, 100, 500] {
         check_nearest((190, 333, 24), k);
     }
-    // Several groups of queries, the last one short, and lists that are cut back many times.
+    // Several groups of queries, the last one short, and candidate lists that are cut many times.
     check_nearest((1_703, 2_005, 7), 20);
 }
 
-/// Searches rows among themselves and in a gallery of their own, and compares with every similarity in order.
+/// Compares a search among the queries and one in a separate gallery with a full sort of all similarities.
 fn check_nearest((count, against, dim): (usize, usize, usize), k: usize) {
     let how = Draw { rows: count, dim, classes: 30, noise: 2.0, ignored: 9, duplicates: 7 };
     let (queries, labels) = draw(how, 1);

@@ -1,6 +1,6 @@
-//! The GPU backend: the whole table of cases where there is a GPU, a clean refusal where not.
+//! The CUDA backend: the whole table of cases with a GPU, a clean refusal without one.
 //!
-//! Without a GPU the table is skipped, and says so; with DDTAS_REQUIRE_GPU set
+//! Without a GPU these tests print that they are skipped; with DDTAS_REQUIRE_GPU set
 //! (benches/device.sh) a skip is a failure.
 
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
@@ -10,7 +10,7 @@ use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
 use ddtas_cases::{self as cases, parts};
 
-/// What a test opens on the first GPU; without one the reason why it is skipped is printed.
+/// Unwraps what a test opened on the first GPU; on an error, prints it as the reason for skipping the test.
 fn gpu<T>(opened: Result<T>) -> Option<T> {
     match opened {
         Ok(opened) => Some(opened),
@@ -126,7 +126,7 @@ fn a_gpu_that_does_not_exist_is_refused_in_one_line() {
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
     assert!(!message.contains('\n'), "{message}");
     assert!(message.ends_with(": use the device cpu"), "{message}");
-    // Without a GPU the reason is another: no driver, or a driver that finds none.
+    // Without a GPU the message gives another reason: no driver, or a driver that finds no GPU.
     assert!(message.contains("cuda:4096") || cuda::check(0).is_err(), "{message}");
 }
 
@@ -140,7 +140,7 @@ fn auto_takes_the_first_gpu_or_says_why_it_cannot() {
 #[test]
 fn device_count_and_check_agree() {
     let count = cuda::device_count().unwrap_or(0);
-    // A GPU that is there may still be too old: that has its own message.
+    // With a GPU, check(0) may pass or fail: the GPU may be too old.
     assert!(count > 0 || matches!(cuda::check(0), Err(Error::Unavailable(_))));
     assert!(matches!(cuda::check(count), Err(Error::Unavailable(_))));
 }

@@ -1,4 +1,4 @@
-//! The same bits, whatever the thread count and the budget.
+//! The CPU backend's results are the same bits whatever the thread count and the budget.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::backend::Backend;
@@ -10,7 +10,7 @@ use ddtas_cases::random::{Draw, draw, tangent};
 fn everything(threads: usize, budget: usize, mining: Mining) -> String {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
-        // Large enough that work is shared, whatever the size at which that starts.
+        // Large enough that the work is split among threads.
         let how = Draw { rows: 700, dim: 96, classes: 120, noise: 1.6, ignored: 9, duplicates: 9 };
         let (anchors, labels) = draw(how, 1);
         let (references, reference_labels) = draw(Draw { rows: 500, ..how }, 2);
@@ -40,7 +40,7 @@ fn everything(threads: usize, budget: usize, mining: Mining) -> String {
 fn the_number_of_threads_changes_no_bit() {
     for mining in [Mining::AtAsms, Mining::None] {
         let alone = everything(1, 1 << 26, mining);
-        // With more threads than blocks of rows, dimensions are shared out too.
+        // With more threads than blocks of rows, dimensions are split among threads too.
         for threads in [2, 3, 7, 20] {
             assert!(alone == everything(threads, 1 << 26, mining), "{threads} threads, {mining:?}");
         }
@@ -51,7 +51,7 @@ fn the_number_of_threads_changes_no_bit() {
 fn the_budget_changes_no_bit() {
     let kept = everything(2, 1 << 26, Mining::AtAsms);
     assert!(kept == everything(2, 0, Mining::AtAsms), "nothing kept");
-    // From tiles that do not fit, through weights in the place of similarities, to room for both.
+    // From budgets too small for some tiles, over weights that overwrite similarities, to room for both.
     for budget in [20_000, 60_000, 100_000, 150_000, 250_000, 400_000] {
         assert!(kept == everything(3, budget, Mining::AtAsms), "some kept: {budget}");
     }

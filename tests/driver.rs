@@ -1,6 +1,5 @@
-//! What the CUDA backend asks of the driver, told by a driver that computes nothing (driver/driver.c; needs gcc).
-//!
-//! It stands in the place of libcuda by its name: a library that is loaded already is the one that is found.
+//! The CUDA backend's calls to the driver, recorded by a fake driver that computes nothing (driver/driver.c;
+//! needs gcc). It has libcuda's soname and is loaded first, so that the backend finds it in libcuda's place.
 #![cfg(target_os = "linux")]
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -32,7 +31,7 @@ unsafe extern "C" {
     fn _exit(status: i32) -> !;
 }
 
-/// The library, and the tests one after the other: what they set is the whole process's.
+/// The fake driver. Its state belongs to the process, so a lock runs the tests one after the other.
 struct Fake {
     library: *mut c_void,
     _turn: MutexGuard<'static, ()>,
@@ -179,7 +178,7 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     let fake = Fake::load();
     let mut backend = CudaBackend::new(CudaDevice::new(0).unwrap(), Options::default());
     let (e, labels) = rows();
-    // The driver computes nothing, so that all lists may be one.
+    // The driver computes nothing, so one buffer may serve as every list.
     let mut list = vec![0u64; 400];
     let address = list.as_mut_ptr() as u64;
     let (dtype, check) = (ElementType::F32, UnitCheck::Check);

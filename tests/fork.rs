@@ -1,4 +1,4 @@
-//! A forked child computes with threads of its own: on rayon's global pool there would be nobody to work.
+//! A forked child computes with threads of its own: rayon's global pool has none there, and would hang.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
@@ -15,16 +15,16 @@ unsafe extern "C" {
     fn _exit(status: i32) -> !;
 }
 
-/// Ends the child and says whether all went well.
+/// Runs `work` in a forked child; whether it returned true there.
 fn in_a_child(work: impl FnOnce() -> bool) -> bool {
-    // SAFETY: no argument; what the child may do is the matter of this test.
+    // SAFETY: no arguments; this test checks what a child may do.
     let child = unsafe { fork() };
     assert!(child >= 0);
     if child == 0 {
-        // SAFETY: as above. A child that hangs dies of it.
+        // SAFETY: as above. The alarm kills a child that hangs.
         unsafe { alarm(30) };
         let well = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
-        // SAFETY: nothing of the parent's is flushed or dropped.
+        // SAFETY: ends the child without flushing or dropping anything of the parent.
         unsafe { _exit(i32::from(!well)) };
     }
     let mut status = -1;

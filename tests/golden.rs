@@ -46,7 +46,7 @@ fn the_float64_truth_reproduces_every_golden_case() {
 
 #[test]
 fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_f16() {
-    // Or `ddtas-bench verify --tf32` could not ask for exact counts. Sums of these products err by up to 7e-7.
+    // So that `ddtas-bench verify --tf32` may ask for exact counts. Sums of f16 products err by up to 7e-7.
     const SLACK: f64 = 1.5e-6;
     for case in golden() {
         let rounded = case.rounded_to(ElementType::F16).unwrap();

@@ -1,8 +1,8 @@
-//! include/ddtas.h is what cbindgen writes from the source today.
+//! include/ddtas.h must equal what cbindgen generates from the source.
 
 use std::path::Path;
 
-/// Set to write the header instead of comparing it.
+/// Environment variable: if set, the header is written before it is compared.
 const UPDATE: &str = "DDTAS_UPDATE_HEADER";
 
 #[test]

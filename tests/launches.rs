@@ -1,4 +1,4 @@
-//! How many kernels a loss launches, in every form: each costs its start whatever the batch, and a small batch little else.
+//! The number of kernels that a loss launches, in every form: launches dominate the time of a small batch.
 #![allow(
     clippy::unwrap_used,
     clippy::undocumented_unsafe_blocks,
@@ -15,7 +15,7 @@ use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
 use ndarray::Array2;
 
-/// Unit rows on a circle, and labels of three rows a class.
+/// Unit rows on a circle, with labels of three rows per class.
 fn rows(count: usize) -> (Array2<f32>, Vec<i64>) {
     let angle = |i: usize| (i as f32 * 0.37).sin() * 3.0;
     let m = Array2::from_shape_fn((count, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
@@ -29,7 +29,7 @@ fn backend(budget: usize) -> Emulated {
     DeviceBackend::new(device, Options { budget, ..Options::default() })
 }
 
-/// What `call` launches, and how often it fills memory.
+/// The kernels that `call` launches, and the number of its memory fills.
 fn launched(backend: &mut Emulated, call: impl FnOnce(&mut Emulated)) -> (Vec<&'static str>, usize) {
     let (kernels, fills) = (backend.device().launched().len(), backend.device().fills());
     call(backend);
@@ -37,7 +37,7 @@ fn launched(backend: &mut Emulated, call: impl FnOnce(&mut Emulated)) -> (Vec<&'
     (device.launched()[kernels..].to_vec(), device.fills() - fills)
 }
 
-/// A square loss of rows on the host.
+/// The kernels and memory fills of a square loss of `count` rows on the host.
 fn of_square(count: usize, budget: usize) -> (Vec<&'static str>, usize) {
     let (e, labels) = rows(count);
     launched(&mut backend(budget), |backend| {
@@ -55,7 +55,7 @@ const EVERYTHING: usize = 1 << 30;
 #[test]
 fn a_square_loss() {
     assert_launches(&of_square(80, EVERYTHING), (7, 0));
-    // Splits, whose parts are added.
+    // With splits, whose gradients are added.
     assert_launches(&of_square(200, EVERYTHING), (7, 0));
     // More labels than one block sorts.
     assert_launches(&of_square(2_100, EVERYTHING), (8, 0));
@@ -98,7 +98,7 @@ fn a_loss_against_a_memory() {
 
 #[test]
 fn more_rows_than_one_merge_of_small_tiles_takes() {
-    // A memory, for a square batch of so many rows takes minutes here: one merge, of larger tiles.
+    // One merge of wide tiles. Rectangular, since a square batch of so many rows takes minutes here.
     let ((e, labels), (r, reference_labels)) = (rows(10), rows(65_600));
     let (anchors, references) = (Rows::new(e.view(), &labels), Rows::new(r.view(), &reference_labels));
     let batch = Batch::rectangular(anchors, references);
@@ -133,7 +133,7 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
             let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
             let mut scalars = [0u64; size_of::<LossScalars>() / 8];
             let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: 0 };
-            // SAFETY: as above, and the scalars too.
+            // SAFETY: as above; the scalars outlive the call too.
             unsafe { backend.enqueue_loss(&part, &settings, output) }.unwrap();
         })
     };
@@ -153,12 +153,12 @@ fn the_steps_of_a_part() {
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
     let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, normalize: false };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    // Numbers of 0 are as good as any: every list may be one.
+    // Zeros do for every number here, so one buffer serves as every list.
     let mut list = vec![0u64; 400];
     let address = list.as_mut_ptr() as u64;
     let numbers = ResidentNumbers { anchors: address, references: address, count: 200 };
     let mut backend = backend(EVERYTHING);
-    // SAFETY: every address is that of a list of this test, as long as it says.
+    // SAFETY: every address is that of `e`, `labels`, `gradient` or `list`, which are long enough.
     let same_class = launched(&mut backend, |backend| {
         unsafe { backend.enqueue_same_class(&part, &settings, address) }.unwrap();
     });

@@ -1,5 +1,5 @@
-//! Searches on the emulated kernels, held to the CPU's bit for bit: rows whose similarities are exact in every type and
-//! order of addition, so that many of them are equal.
+//! Searches by the emulated kernels must equal the CPU's bit for bit. Similarities are exact in every type
+//! and order of addition, and many of them are equal.
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
@@ -8,14 +8,15 @@ use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::loss::{Embeddings, Rows};
 use ndarray::Array2;
 
-/// On a device of so many multiprocessors, on which the splits of few queries depend, perhaps Hopper.
+/// A backend on a device with `multiprocessors`, on which the splits of few queries depend. `hopper`: with
+/// Hopper's kernels; `exact`: f32 rows are not rounded.
 fn backend(seed: u64, multiprocessors: u32, hopper: bool, exact: bool) -> DeviceBackend<EmulatedDevice> {
     let device = EmulatedDevice::new(seed).with_multiprocessors(multiprocessors);
     let device = if hopper { device.as_hopper() } else { device };
     DeviceBackend::new(device, Options { tf32: !exact, ..Options::default() })
 }
 
-/// Rows of 16 entries of 1/4 and -1/4, at places that `dim` spreads: similarities are multiples of 1/8.
+/// Rows with 16 entries of 1/4 or -1/4, spread evenly over `dim`: similarities are multiples of 1/8.
 fn rows(count: usize, dim: usize, seed: u64) -> Array2<f32> {
     let mut state = seed;
     let mut rows = Array2::zeros((count, dim));
@@ -28,7 +29,7 @@ fn rows(count: usize, dim: usize, seed: u64) -> Array2<f32> {
     rows
 }
 
-/// Queries in references, or among themselves, as both backends find them.
+/// Asserts that `backend` and the CPU find the same neighbours, in the references or among the queries.
 fn agree(backend: &mut dyn Backend, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize, what: &str) {
     let expected = CpuBackend::new().nearest(queries, references, k).expect("the rows are valid");
     let found = backend.nearest(queries, references, k).expect("the rows are valid");
@@ -65,7 +66,8 @@ fn any_number_of_splits_finds_the_same_in_every_type() {
 
 #[test]
 fn rows_among_themselves_leave_themselves_out() {
-    // Ten distinct rows of 300: nearly all similarities of a list are equal. Then lists as long as there are rows, and longer.
+    // Ten distinct rows among 300: nearly all similarities of a list are equal. The last two k are all other
+    // rows, and more than there are.
     let few = Array2::from_shape_fn((300, 16), |(row, d)| rows(10, 16, 3)[[row % 10, d]]);
     let labels = vec![0; 300];
     let queries = Rows::new(few.view(), &labels);
@@ -79,7 +81,7 @@ fn rows_among_themselves_leave_themselves_out() {
 
 #[test]
 fn references_that_grow_more_similar_cut_their_lists_again_and_again() {
-    // 2,000 successive numbers of f16, from 1/4 on; every one is better than all before.
+    // The similarities are 2,000 successive f16 numbers from 1/4 on: each exceeds all before it.
     let references = Array2::from_shape_fn((2_000, 2), |(row, d)| {
         let similarity = half::f16::from_bits(0x3400 + row as u16);
         let across = (1.0 - similarity.to_f32().powi(2)).max(0.0).sqrt();
@@ -99,7 +101,7 @@ fn references_that_grow_more_similar_cut_their_lists_again_and_again() {
 
 #[test]
 fn rows_wider_than_a_resident_tile_agree() {
-    // 576 and 512 dimensions, a query tile that does not stay and one that does, of several tiles each.
+    // A query tile of 576 dimensions does not stay in shared memory, one of 512 does.
     for (dim, exact) in [(576, true), (576, false), (512, true)] {
         let (e, r) = (rows(5, dim, 4), rows(390, dim, 5));
         let labels = vec![0; 390];

@@ -1,4 +1,4 @@
-//! The loss of a batch in parts: whoever has which rows, each row's numbers and gradient are those of one process.
+//! The loss of a batch in parts: however the rows are split, each row's results have the bits of one process.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::Error;
@@ -18,7 +18,7 @@ use ndarray::{Array2, s};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// A backend for each of so many parts, the first with no room for candidates.
+/// A backend for each of `parts` parts; the first has a budget of 0.
 fn backends(parts: usize) -> Vec<Box<dyn Backend>> {
     let of = |p: usize| -> Box<dyn Backend> {
         if p == 0 { Box::new(CpuBackend::with_budget(0)) } else { Box::new(CpuBackend::new()) }
@@ -36,7 +36,7 @@ fn at_once(rows: &Rows<'_>, settings: &LossSettings, tangent: &Array2<f32>) -> T
     Together { output, threshold_gradient: sums }
 }
 
-/// Everything of a row, bit for bit; sums over the batch to rounding.
+/// Asserts that results of rows are equal bit for bit, and sums over the batch up to rounding.
 fn assert_same(parts: &Together, whole: &Together, what: &str) {
     let (got, wanted) = (&parts.output, &whole.output);
     let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -60,7 +60,7 @@ fn assert_same(parts: &Together, whole: &Together, what: &str) {
     let near = |got: f64, wanted: f64| (got - wanted).abs() < 1e-9 || (got.is_nan() && wanted.is_nan());
     assert!(near(got.mean_pos, wanted.mean_pos), "{what}: mean of the positives");
     assert!(near(got.mean_neg, wanted.mean_neg), "{what}: mean of the negatives");
-    // Dot products of the rows' sums, which are the same bits.
+    // The threshold gradient is a sum of dot products of rows, which have the same bits.
     for (got, wanted) in [
         (parts.threshold_gradient.pos, whole.threshold_gradient.pos),
         (parts.threshold_gradient.neg, whole.threshold_gradient.neg),
@@ -80,7 +80,7 @@ fn parts_have_the_bits_of_one_process() {
         [(80, 64), (81, 130), (320, 48), (500, 17), (1280, 32)].into_iter().enumerate()
     {
         for (m, mining) in minings.into_iter().enumerate() {
-            // From few pairs mined, by lists, to all of them, by products.
+            // Noise decides how many pairs are mined: few (gradient by lists) to all (by products).
             let noise = [1.0, 2.2, 3.5][(round + m) % 3];
             let classes = [rows / 5, 3][usize::from(round == 3)];
             let how = Draw { rows, dim, classes, noise, ignored: 9, duplicates: 11 };
@@ -190,18 +190,18 @@ fn the_truth_in_steps_is_the_truth_and_the_cpu_agrees_with_it() {
         let mut off = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());
         assert!(off.all(|x| x <= 1e-5 * largest), "{}", case.name);
     }
-    // With a memory, which no reference case has.
+    // No reference case has a memory behind the batch.
     check_memory(|part| backends(part + 1).remove(part));
 }
 
-/// References that never lie in memory together, block by block: the anchors' numbers are gathered over the blocks,
-/// and each step repeats those before it.
+/// References that are given in three blocks, one at a time: the anchors' numbers are combined over the
+/// blocks, and each step repeats the steps before it.
 #[test]
 fn references_in_blocks() {
     let how = Draw { rows: 60, dim: 24, classes: 12, noise: 1.8, ignored: 10, duplicates: 9 };
     let (anchors, labels) = draw(how, 31);
     let (mut references, mut reference_labels) = draw(Draw { rows: 400, ..how }, 32);
-    // Some anchors stand among the references.
+    // Some anchors are also references.
     references.slice_mut(s![100..120, ..]).assign(&anchors.slice(s![..20, ..]));
     reference_labels[100..120].copy_from_slice(&labels[..20]);
     let list: Vec<u32> = (0..60).map(|i| if i < 20 { 100 + i } else { Identity::ABSENT }).collect();
@@ -284,7 +284,7 @@ fn identity_by_index_agrees_with_the_truth() {
 
 #[test]
 fn identity_by_index_leaves_a_row_out_that_its_value_would_not() {
-    // Both sides of a row in different precision: no exact duplicates.
+    // A row's reference copy is rounded to bf16, so that it is no exact duplicate.
     let how = Draw { rows: 50, dim: 64, classes: 10, noise: 1.5, ignored: 8, duplicates: 0 };
     let (anchors, labels) = draw(how, 41);
     let coarse = anchors.mapv(|x| bf16::from_f32(x).to_f32());
@@ -326,7 +326,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
     out_of_order(backend.select(&part, numbers, PairTotals::default(), &mut output));
-    // An error ends the sequence: the same-class step has to be made again.
+    // An error ends the sequence: it starts again with the same-class step.
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
     let larger = Batch { total: Some(13), ..part };
@@ -348,7 +348,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
         let numbers = RowNumbers::new(&floats[..anchors], &floats[..references]);
         assert!(matches!(backend.sweep(&part, numbers, &mut output), Err(Error::LengthMismatch { .. })));
     }
-    // The sizes of both sets are those of the same references.
+    // `count_pos` and `count_neg` must have the same number of references.
     backend.same_class(&part, &settings, &mut output).unwrap();
     backend.sweep(&part, numbers, &mut output).unwrap();
     backend.select(&part, numbers, PairTotals::default(), &mut output).unwrap();
@@ -370,7 +370,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
         let refused = Batch { total: Some(total), ..part }.validate();
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
     }
-    // Any numbers of the right length are taken: a NaN, or what the same-class step did not find.
+    // Numbers of the right length are not checked: NaN, or other than the steps found.
     let sums = sums_of_any_numbers(&mut backend, &part);
     assert!(sums.pos.is_finite() && sums.neg.is_finite());
 }

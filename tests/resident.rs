@@ -1,6 +1,5 @@
-//! Rows handed in by their device address give the bits of rows handed in from the host.
-//!
-//! On the emulated device, whose memory is the host's.
+//! Rows given by device address give the bits of rows given from the host. The device is the emulated one,
+//! whose memory is the host's.
 
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::{
@@ -16,7 +15,7 @@ use ddtas_cases::parts::loss_in_parts;
 use half::{bf16, f16};
 use ndarray::Array2;
 
-/// Unit rows on a circle, no two alike, and labels of three rows a class.
+/// Distinct unit rows on a circle, with labels of three rows per class.
 fn rows(count: usize, turn: f32) -> (Array2<f32>, Vec<i64>) {
     let angle = |i: usize| (i as f32 * 0.37 + turn).sin() * 3.0;
     let m = Array2::from_shape_fn((count, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
@@ -42,7 +41,7 @@ fn backend() -> DeviceBackend<EmulatedDevice> {
 
 fn run(batch: &ResidentBatch) -> Result<LossOutput> {
     let mut output = LossOutput::default();
-    // SAFETY: the tests below hand in the addresses of matrices that outlive the call.
+    // SAFETY: the tests below pass addresses of matrices that outlive the call.
     unsafe { backend().loss_resident(batch, &LossSettings::default(), &mut output) }.map(|()| output)
 }
 
@@ -61,7 +60,7 @@ fn square_form_gives_the_same_bits() {
 
 #[test]
 fn pairs_of_anchors_that_do_not_enter_the_loss_are_not_counted_as_mined() {
-    // Classes lie apart, so that an anchor keeps positives and no negative; but two that lie together.
+    // The classes lie apart, so that most anchors keep positives but no negative; only two classes overlap.
     let (_, labels) = rows(140, 0.0);
     let angle = |i: usize| (i / 3).max(1) as f32 * 0.13 + (i % 3) as f32 * 0.01;
     let e = Array2::from_shape_fn((140, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
@@ -107,7 +106,7 @@ fn bad_rows_are_the_same_error_on_the_device_and_on_the_processor() {
     let cases = [f32::NAN, f32::INFINITY, 3e38, 1e20, 2.0, 1e-20, 0.0];
     for (first, second) in cases.iter().flat_map(|a| cases.iter().map(move |b| (*a, *b))) {
         let (mut e, mut labels) = rows(40, 0.0);
-        // Two bad rows, one of them ignored, and not in class order: the first one as the caller counts is named.
+        // Two bad rows, one ignored, not in class order: the error names the first in the caller's order.
         labels[9] = -1;
         labels[30] = 0;
         for (row, value) in [(9, first), (30, second)] {
@@ -153,14 +152,14 @@ fn sizes_that_no_memory_has_are_refused_before_anything_is_allocated() {
         }
     }
     for count in [1 << 60, usize::MAX] {
-        // SAFETY: so many labels cannot be made room for, so none is read.
+        // SAFETY: so many labels cannot be allocated, so none is read.
         let refused = unsafe { backend().labels_resident(&ResidentRows { count, ..good }) };
         assert!(matches!(refused, Err(Error::OutOfMemory { what: "labels", .. })));
     }
     assert!(matches!(nearest(&batch(good, None), usize::MAX), Err(Error::InvalidSetting { name: "k", .. })));
 }
 
-/// Rows that are searched only: neither labels nor gradients.
+/// Rows for searches, without labels and gradient.
 fn searched<T>(rows: &Array2<T>) -> ResidentRows {
     ResidentRows { count: rows.nrows(), embeddings: rows.as_ptr() as u64, labels: 0, gradient: 0 }
 }
@@ -170,13 +169,13 @@ fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
     unsafe { backend().nearest_resident(batch, None, k) }
 }
 
-/// Searches the rows in one type, from the device's memory and from the host's.
+/// Compares searches of rows in device memory and in host memory, in one type.
 fn search_both_ways<T>(
     (e, r): (&Array2<T>, &Array2<T>),
     dtype: ElementType,
     embeddings: fn(&Array2<T>) -> Embeddings<'_>,
 ) {
-    // More queries than one tile, k beyond the references too.
+    // More queries than one tile; some k exceed the references.
     for (references, k) in [(None, 1), (None, 200), (Some(r), 1), (Some(r), 7), (Some(r), 60)] {
         let labels = [0; 140];
         let side = |rows| Rows { embeddings: embeddings(rows), labels: &labels[..rows.nrows()] };
@@ -234,7 +233,7 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     for row in (0..140).step_by(5) {
         labels[row] = -1;
     }
-    // Nobody looks at an ignored row.
+    // An ignored row is not checked.
     e[[5, 0]] = f32::NAN;
     let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
     let ks = [1, 2, 8];
@@ -266,7 +265,7 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     }
 }
 
-/// Every address of a part: rows as they lie, numbers in lists of its own.
+/// The part of rows `range` of the batch `all`.
 fn part_of<'a>(
     all: (&'a Array2<f32>, &'a [i64]),
     range: std::ops::Range<usize>,
@@ -300,7 +299,7 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
     let wanted = loss_in_parts(&mut host, &all, &lengths, &settings, tangent.view()).unwrap().output;
     assert!(wanted.active > 0, "a batch that mines something");
 
-    // Thresholds and `first` in device memory, which differ from those in the settings.
+    // Thresholds in device memory, which differ from those in `given.settings`, and `first` in device memory.
     let (lambda, first, list) = ([0.6f64, 0.4], 50u64, (0..50).collect::<Vec<u32>>());
     let given = ResidentSettings { settings: LossSettings::default(), lambda: lambda.as_ptr() as u64 };
     let mut gradients = [Array2::zeros((50, 2)), Array2::zeros((90, 2))];
@@ -322,7 +321,7 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
     };
     let lists = [min_pos.as_mut_ptr() as u64, max_neg.as_mut_ptr() as u64];
     let counts = [count_pos.as_mut_ptr() as u64, count_neg.as_mut_ptr() as u64];
-    // SAFETY: every address is that of a list of this test, as long as it says.
+    // SAFETY: every address is that of a matrix or list of this test, which is long enough.
     unsafe {
         for p in 0..2 {
             let to = at(lists[0], ranges[p].start);
@@ -332,7 +331,7 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
             let (to, found) = (at(lists[1], ranges[p].start), totals[p].as_mut_ptr() as u64);
             backends[p].enqueue_sweep(&parts[p], numbers(lists[0], p), to, found).unwrap();
         }
-        // The emulated device is through when a call returns.
+        // A call on the emulated device has finished when it returns.
         sums[0] = totals[0][0] + totals[1][0];
         sums[1] = totals[0][1] + totals[1][1];
         for p in 0..2 {
@@ -350,15 +349,15 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
     assert_eq!(sums, [wanted.probe_neg, wanted.total_pos]);
     let [first, second] = gradients;
     assert_eq!(ndarray::concatenate![ndarray::Axis(0), first, second], wanted.gradient);
-    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+    // SAFETY: the words have the size and alignment of LossScalars; its fields allow any bit pattern.
     let scalars = scalars.map(|words| unsafe { words.as_ptr().cast::<LossScalars>().read() });
-    // The sums are rounded to units that allow for any threshold.
+    // The fixed-point unit of the sums allows for any threshold, so they are rounded more coarsely.
     let loss = scalars[0].loss + scalars[1].loss;
     assert!((loss - wanted.loss).abs() < 1e-9, "{loss} {}", wanted.loss);
     assert_eq!(scalars[0].active + scalars[1].active, wanted.active);
 }
 
-/// The loss of a whole batch that nobody waits for, by default settings.
+/// Enqueues the loss of a whole batch with default settings; its scalars.
 fn enqueue(
     e: &Array2<f32>,
     labels: &[i64],
@@ -380,7 +379,7 @@ fn enqueue_on(
     let given = ResidentSettings { settings: *settings, lambda: 0 };
     let (mut scalars, mut loss) = (LossOutput::default().scalars(), 0.0f32);
     let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: &raw mut loss as u64 };
-    // SAFETY: the addresses of matrices that outlive the call, and of the figures.
+    // SAFETY: the matrices, the scalars and the loss outlive the call.
     unsafe { backend.enqueue_loss(&part, &given, output) }?;
     assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
     Ok(scalars)
@@ -431,7 +430,7 @@ fn parts_of_another_shape_or_out_of_order_are_refused() {
     let address = list.as_mut_ptr() as u64;
     let numbers = ResidentNumbers { anchors: address, references: address, count: 30 };
     let mut backend = backend();
-    // SAFETY: every address is that of a list of this test, as long as it says; refused calls use none.
+    // SAFETY: every address is that of a matrix or list of this test; refused calls use none.
     unsafe {
         let early = backend.enqueue_sweep(&part, numbers, address, address);
         assert!(matches!(early, Err(Error::OutOfOrder(_))));

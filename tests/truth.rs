@@ -1,4 +1,4 @@
-//! The scalar truth against central differences, in float64 on the angle of each row.
+//! The scalar truth against central differences, in float64.
 
 use ddtas::Error;
 use ddtas::loss::gradient::weigh;

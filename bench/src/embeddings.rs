@@ -201,8 +201,8 @@ mod tests {
             [(Density::Late, None), (Density::Start, None), (Density::Middle, Some(1))]
         {
             let noise = find_noise(density, 64, references, 3).unwrap();
-            // Another seed: what holds of the sample must hold of other rows. No fewer references than anchors,
-            // or some anchors would have no positive and mine nothing.
+            // Another seed, since the noise that was found must fit other rows too. With fewer references
+            // than anchors, some anchors would have no positive and mine nothing.
             let embeddings = draw(1500, references.map(|_| 1700), 64, density, noise, 4);
             let mut output = LossOutput::default();
             CpuBackend::new().loss(&embeddings.batch(), &embeddings.settings, &mut output).unwrap();
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn negatives_are_pairs_of_two_known_labels() {
         let mut embeddings = draw(12, Some(7), 2, Density::Late, 0.5, 1);
-        // 5, 5 and 2 rows of classes 0 to 2 against 5 and 2 of classes 0 and 1.
+        // Classes 0, 1 and 2 have 5, 5 and 2 anchors; classes 0 and 1 have 5 and 2 references.
         assert_eq!(embeddings.negatives(), 5 * 2 + 5 * 5 + 2 * 7);
         embeddings.anchors.labels[0] = -1;
         assert_eq!(embeddings.negatives(), 4 * 2 + 5 * 5 + 2 * 7);

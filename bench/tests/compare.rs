@@ -1,4 +1,4 @@
-//! `ddtas-bench compare` from the outside, and what a shell wants of the program.
+//! The program `ddtas-bench compare`; also version, completions and manual page of `ddtas-bench`.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::path::Path;
@@ -38,7 +38,7 @@ fn ratios_have_their_spread_and_other_shapes_are_refused() {
     let table = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<&str> = table.lines().collect();
     assert!(lines[0].contains("first, ms") && lines.len() == 4, "{table}");
-    // 0.06 / 2 of each: 1.25 times 0.03 times the root of 2.
+    // Each time has a relative error of 0.06 / 2, so the ratio has 1.25 * 0.03 * sqrt(2).
     assert!(
         lines[1].contains("1.250") && lines[1].contains("±0.053") && lines[2].contains("0.500"),
         "{table}"
@@ -64,7 +64,7 @@ fn ratios_have_their_spread_and_other_shapes_are_refused() {
     }
 }
 
-/// One row of `throughput`, in no time.
+/// Runs `throughput` for one row, as briefly as possible.
 fn measured(flag: &str) -> Output {
     let small = ["--batch", "40", "--dim", "8", "--density", "all", "--seconds", "0", "--backend", "cpu"];
     bench(&[&["throughput", flag], &small[..]].concat()).output().unwrap()

@@ -1,4 +1,4 @@
-//! `ddtas-bench` whose standard output or standard error is a closed pipe, a full disk or a terminal that has gone.
+//! `ddtas-bench` with a closed pipe, a full disk or a closed terminal as standard output or standard error.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -9,7 +9,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_ddtas-bench");
 const VERIFY: &str = "verify ../tests/golden --backend cpu";
 const THROUGHPUT: &str = "throughput --batch 40 --dim 8 --density all --seconds 0 --backend cpu";
 
-/// A pipe whose reader has gone.
+/// A pipe whose reader is closed.
 fn closed_pipe() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);

@@ -1,4 +1,4 @@
-//! Settings that cannot work: each is refused before anything is made, by a line that names it.
+//! Invalid settings: each is refused by a line that names it, before anything is written.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use assert_cmd::Command;
@@ -59,7 +59,7 @@ fn throughput_refuses_what_cannot_work_and_leaves_no_file() {
         assert!(output.stdout.is_empty());
         assert_eq!(place.path().read_dir().unwrap().count(), 0, "{arguments} leaves something");
     }
-    // Every setting has a bad value in the table: a new one without a check is noticed here.
+    // The table tries a bad value of every setting, so that a new one needs a check.
     let command = ThroughputSettings::augment_args(clap::Command::new("test"));
     for flag in command.get_arguments().filter_map(clap::Arg::get_long).filter(|&flag| flag != "tf32") {
         let tried = |arguments: &str| arguments.split([' ', '=']).any(|word| word == format!("--{flag}"));

@@ -1,4 +1,4 @@
-//! The comparison that `benches/device.sh` makes before it times: right answers pass, wrong ones are named.
+//! The comparison that `benches/device.sh` makes before timing: right answers pass, wrong numbers are named.
 
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::EmulatedDevice;
@@ -10,7 +10,7 @@ use ndarray::Array2;
 
 const ANCHORS: usize = 128;
 
-/// 300 rows of 40 dimensions; some labels are ignored, and one row is another's copy.
+/// 300 rows of 40 dimensions; some labels are ignored, and row 11 is a copy of row 10.
 fn rows(references: Option<usize>) -> (Array2<f32>, Vec<i64>, Option<EmbeddedRows>) {
     let mut drawn = draw(300, references, 40, Density::Middle, 2.5, 7);
     let copy = drawn.anchors.values.row(10).to_owned();
@@ -72,7 +72,7 @@ fn a_wrong_number_is_refused_and_named() {
     right.same_bits(&right).unwrap();
     right.same_counts(&right).unwrap();
 
-    // An active anchor that is looked at: of 300 every second is, after some 37 more.
+    // An active anchor among those that are checked.
     let anchor = (0..ANCHORS).map(|k| k * 2 + k * 37 % 2).find(|&i| right.terms[i] > 0.0).unwrap();
     type Plant = fn(&mut Answer, usize);
     let faults: [(&str, Plant); 9] = [
@@ -99,7 +99,7 @@ fn a_wrong_number_is_refused_and_named() {
         assert!(message.contains(name), "{name}: {message}");
     }
 
-    // A positive of it left out of its gradient: some half of 2 / (B |P|).
+    // One positive is missing in the anchor's gradient, with a weight of about half of 2 / (B |P|).
     let other = (0..300).find(|&j| j != anchor && labels[j] == labels[anchor]).unwrap();
     let weight = 1.0 / (300 * right.output.count_pos[anchor]) as f32;
     let row = &right.output.gradient.row(anchor) + &values.row(other).mapv(|x| x * weight);

@@ -1,4 +1,4 @@
-//! `ddtas-bench throughput` from the outside: figures, files, exit codes and messages.
+//! The program `ddtas-bench throughput`: figures, files, exit codes and messages.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod patched;
@@ -12,7 +12,7 @@ use serde_json::Value;
 fn throughput(arguments: &[&str]) -> assert_cmd::assert::Assert {
     let mut command = Command::cargo_bin("ddtas-bench").unwrap();
     command.arg("throughput").args(arguments);
-    // What is claimed below is the CPU's, whatever this machine has.
+    // The tests are for the CPU, also on a machine with a GPU.
     if !arguments.contains(&"--backend") {
         command.args(["--backend", "cpu"]);
     }
@@ -28,7 +28,7 @@ fn json(arguments: &[&str]) -> Vec<Value> {
     serde_json::from_slice::<Value>(&output.stdout).unwrap().as_array().unwrap().clone()
 }
 
-/// The one line a failed run prints.
+/// The only line that a failed run prints.
 fn complaint(arguments: &[&str]) -> String {
     let output = throughput(&[arguments, &["--json"]].concat()).failure().get_output().clone();
     let text = String::from_utf8(output.stderr).unwrap();
@@ -74,7 +74,7 @@ fn memory_counts_what_the_backend_allocates() {
     let bytes = |batch| {
         json(&["--batch", batch, "--dim", "64", "--density", "late"])[0]["peak_extra_bytes"].as_u64().unwrap()
     };
-    // Two packed copies of the rows at the least, and far from B x B floats.
+    // At least two packed copies of the rows, and far less than B x B floats.
     let extra = bytes("2000");
     assert!((2 * 2000 * 64 * 4..2000 * 2000 * 4).contains(&extra), "{extra}");
     assert!(bytes("100") < extra);
@@ -147,11 +147,11 @@ fn files_that_do_not_fit_are_named() {
     }
     assert_eq!(std::fs::read(&path).unwrap(), before);
 
-    // A value of the first row that makes it longer than a unit row.
+    // A value that makes the first row longer than a unit row.
     patch(&path, "embeddings", 0, &2f32.to_le_bytes());
     let line = complaint(&["--embeddings", text(&path)]);
     assert!(line.contains("row 0 of the anchors has L2 norm"), "{line}");
 
-    // A file of other tensors.
+    // A file that holds no tensors.
     assert!(complaint(&["--embeddings", "../tests/golden/README.md"]).contains("README.md"));
 }

@@ -1,4 +1,4 @@
-//! `ddtas-bench verify` from the outside: exit codes and messages.
+//! The program `ddtas-bench verify`: exit codes and messages.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod patched;
@@ -7,14 +7,14 @@ use assert_cmd::Command;
 use ddtas::backend::{AutoDevice, auto};
 use patched::patch;
 
-/// One that is quick.
+/// A quick case.
 const CASE: &str = "../tests/golden/one_class.safetensors";
 
 fn verify(arguments: &[&str]) -> assert_cmd::assert::Assert {
     Command::cargo_bin("ddtas-bench").unwrap().arg("verify").args(arguments).assert()
 }
 
-/// The one line a failed run on a device prints.
+/// The only line that a failed run on `device` prints.
 fn complaint(device: &str, arguments: &[&str]) -> String {
     let output = verify(&[&["--device", device], arguments].concat()).failure().get_output().clone();
     let text = String::from_utf8(output.stderr).unwrap();
@@ -74,7 +74,7 @@ fn a_case_with_a_wrong_expectation_fails() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("count_neg[0]") && text.contains("0 of 1 cases passed"), "{text}");
 
-    // Cut short: not a safetensors file any more.
+    // Half of the file is no safetensors file.
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     assert!(complaint("cpu", &[path.to_str().unwrap()]).contains("not a safetensors file"));
@@ -93,7 +93,7 @@ fn expectations_that_no_answer_can_meet_are_refused() {
         let line = odd(tensor, 0, &f64::NAN.to_le_bytes());
         assert!(line.contains(&format!("`{tensor}` holds a NaN")), "{line}");
     }
-    // The fifth byte of a count: 2^32 more.
+    // The fifth byte of a count adds 2^32.
     let line = odd("expected.count_pos", 4, &[1]);
     assert!(line.contains("`expected.count_pos` holds 42949"), "{line}");
 }
@@ -103,7 +103,7 @@ fn device_is_another_word_for_backend() {
     for device in ["cpu", "auto"] {
         verify(&["--device", device, CASE]).success();
     }
-    // Whatever this machine has: there is no such GPU, and one line says so.
+    // No machine has this GPU, and one line says so.
     let text = complaint("cuda:4096", &[CASE]);
     assert!(text.contains("cuda"), "{text}");
 }

@@ -1,16 +1,16 @@
-//! The comparison that backends are held to can fail: faults planted in a right answer are found.
+//! The comparison of backends with the truth finds faults that are planted in a right answer.
 
 use ddtas::backend::Nearest;
 use ddtas::loss::{LossOutput, ThresholdGradient};
 use ddtas_cases::{Case, Expected, Report, check_nearest, generated, golden};
 
-/// A case with pairs of both kinds mined.
+/// A case in which positives and negatives are mined.
 fn case() -> Case {
     let found = golden().into_iter().find(|case| case.name == "paper_batch80");
     found.expect("tests/golden has it")
 }
 
-/// Plants a fault in the right answer and returns what the comparison says, and whether that is good enough.
+/// Plants a fault in the right answer: the report of the comparison, and whether it is within the bounds.
 fn with_fault(plant: impl FnOnce(&mut LossOutput, &mut ThresholdGradient)) -> (Report, bool) {
     let case = case();
     let (mut output, mut sums) = (case.expected.output(), case.expected.threshold_gradient);

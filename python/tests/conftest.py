@@ -9,7 +9,7 @@ import ddtas
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# torch finds what it compiled earlier by the graph alone: other answers of the operator need another folder.
+# torch looks up compiled code by the graph alone, so a changed operator needs another cache folder.
 _sources = b"".join(path.read_bytes() for path in sorted((Path(ddtas.__file__).parent / "torch").glob("*.py")))
 _compiled = Path(__file__).parents[2] / "target/inductor" / hashlib.sha256(_sources).hexdigest()[:16]
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_compiled)

@@ -1,4 +1,4 @@
-"""SPEC 1-4 in dense NumPy float64, square and rectangular: what the package is held to."""
+"""SPEC 1-4 in dense NumPy float64, square and rectangular: the truth for the package's tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddtas import Settings
 
 @dataclass
 class Expected:
-    """Loss, gradients and what was mined."""
+    """Loss, gradients and mined pairs."""
 
     loss: float
     gradient: np.ndarray
@@ -43,7 +43,7 @@ def tolerances(similarity, positive, min_pos, negative, settings: Settings) -> t
 
 
 def expected(anchors, labels, references=None, reference_labels=None, settings=Settings(), own=None) -> Expected:
-    """`own`, `[B, N]` of booleans, says which references are the anchors themselves: by index, not by similarity."""
+    """`own`, booleans `[B, N]`, says which references are the anchors themselves, by index in place of similarity."""
     square = references is None
     a = np.asarray(anchors, np.float64)
     r, s_labels = (a, labels) if square else (np.asarray(references, np.float64), reference_labels)
@@ -87,7 +87,7 @@ def expected(anchors, labels, references=None, reference_labels=None, settings=S
 
 
 def unit_rows(count: int, dim: int, seed: int, classes: int = 7, noise: float = 1.0):
-    """Rows around a centre for each class, and their labels; every thirteenth row is ignored."""
+    """Unit rows around a centre for each class, and their labels; every thirteenth row is ignored."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, count)
     centres = np.random.default_rng(1).normal(size=(classes, dim))
@@ -98,7 +98,7 @@ def unit_rows(count: int, dim: int, seed: int, classes: int = 7, noise: float = 
 
 
 def close(got, want, factor: float) -> None:
-    """Within `factor` of the largest entry; says where it is not."""
+    """Asserts that `got` is `want` within `factor` of the largest entry; names the entry that is not."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error = np.abs(got - want)

@@ -1,8 +1,8 @@
-"""What a loss with a process group must do, in each of four processes: run by many_group.py, one process a rank.
+"""Cases for a loss with a process group, run in each of four processes by many_group.py, one process per rank.
 
     python group_cases.py RANK FILE REPORT
 
-Every case runs in the groups of the first 1, 2, 3 and 4 processes. What it finds wrong is written to REPORT.
+Every case runs in the groups of the first 1, 2, 3 and 4 processes. Its failures are written to REPORT.
 """
 
 import copy
@@ -31,7 +31,7 @@ def batch(count, seed=0, dtype=torch.float32):
 
 
 class World:
-    """A group, and this process's place in it."""
+    """A process group, and this process's rank in it."""
 
     def __init__(self, group, size, rank):
         self.group, self.size, self.rank = group, size, rank
@@ -75,7 +75,7 @@ def close(got, want, factor=1e-6):
 
 
 def compare(world, counts, dtype=torch.float32, seed=0, labels=None, mined=True, **settings):
-    """Loss, statistics and the own rows' gradient against one process; answers the loss module."""
+    """Compares loss, statistics and the own rows' gradient with one process; returns the loss module."""
     rows, drawn = batch(sum(counts), seed, dtype)
     labels, own = drawn if labels is None else labels, world.own(counts)
     whole, one = rows.clone().requires_grad_(), SoftContrastiveLoss(**settings)
@@ -89,7 +89,7 @@ def compare(world, counts, dtype=torch.float32, seed=0, labels=None, mined=True,
         value.backward()
         assert value.dtype == torch.float32 and world.same(value)
         close(value, want.detach())
-        # In half precision the factor goes before the rounding.
+        # In half precision the gradient is scaled before it is rounded.
         if scale == 1 or dtype == torch.float32:
             assert torch.equal(mine.grad, whole.grad[own] * scale), (mine.grad, whole.grad[own] * scale)
         elif mine.numel():
@@ -163,7 +163,7 @@ def one_process_s_error_is_everybody_s(world):
         loss(rows[:, :6] if last else rows, labels)
     with raises(TypeError, "rank 0: with a process group the anchors must be float32"):
         loss(rows.double(), labels)
-    # As rows on the processor in a group over NCCL: this group carries none of torch's device without memory.
+    # Like CPU rows in a group over NCCL: gloo carries no tensors on torch's device meta.
     memory = CrossBatchMemory(copy.deepcopy(loss), DIM, 70)
     for module in (loss, memory):
         with raises(ValueError, f"{name}: the rows are on meta, and the group carries those of cpu"):
@@ -173,7 +173,7 @@ def one_process_s_error_is_everybody_s(world):
         (other if last else loss)(rows, labels)
     with raises(ValueError, "rank 0: references must not require a gradient"):
         loss(rows, labels, ref_emb=rows.clone().requires_grad_(), ref_labels=labels)
-    # And nobody is left waiting, or a step behind.
+    # After the errors all ranks are in step.
     assert world.same(loss(rows, labels))
 
 
@@ -246,7 +246,7 @@ def memories_are_alike(world):
 
 
 def a_gpu_s_way_has_the_same_answers(world):
-    """There every process computes the loss of all rows; here on the processor."""
+    """On GPUs every process computes the loss of all rows; here that way is taken on the CPU."""
     if world.size == 1:
         return
     from ddtas.torch import operator, parts
@@ -321,7 +321,7 @@ def distributed_data_parallel_trains_as_one_process(world):
 
 
 def synchronised_batch_norm_is_torch_s_own(world):
-    """On the processor torch has none: it says so, and this case fails on the day it has."""
+    """torch has no SyncBatchNorm for the CPU, which this asserts, so that the case fails once it has one."""
     if world.size == 1:
         return
     norm = torch.nn.SyncBatchNorm(DIM, process_group=world.group)

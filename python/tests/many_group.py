@@ -1,4 +1,4 @@
-"""A loss with a process group against one process: group_cases.py in four processes at once, run by .ci/many.sh."""
+"""A loss with a process group against one process: runs group_cases.py in four processes, for .ci/many.sh."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import group_cases  # noqa: E402
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory):
-    """What the processes found wrong."""
+    """The failures that the processes reported."""
     folder = tmp_path_factory.mktemp("group")
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(group_cases.__file__)]

@@ -1,4 +1,4 @@
-"""A context's workspace and threads: the same bits whatever their number, and no lock of the interpreter held."""
+"""A context's workspace and threads: any number of threads gives the same bits, and calls release the interpreter's lock."""
 
 import copy
 import os
@@ -71,7 +71,7 @@ def test_the_threads_of_a_context_end_with_it():
         return sum(name.startswith("ddtas-") for name in names)
 
     def becomes(count):
-        # A thread takes its name after it was started, and may be listed a moment longer than it is waited for.
+        # A thread takes its name after it was started, and may be listed for a moment after it was joined.
         return any(ours() == count or time.sleep(0.01) for _ in range(500))
 
     before = ours()
@@ -83,7 +83,7 @@ def test_the_threads_of_a_context_end_with_it():
 
 
 def test_the_workspace_is_kept_from_call_to_call():
-    # One thread: which of several gets to work, and needs buffers of its own, is left to chance.
+    # One thread: of several, chance decides which get work and so need buffers.
     context = ddtas.Context(1)
     rows, labels = batch(300)
     ddtas.loss(rows, labels, context=context)
@@ -123,7 +123,7 @@ def test_python_runs_on_while_the_loss_is_computed():
     during, elapsed = ticks - before, time.perf_counter() - begin
     done.set()
     thread.join()
-    # With the interpreter's lock held there would be at most one.
+    # With the interpreter's lock held there would be at most one tick.
     assert elapsed > 0.02 and during >= 5, f"{during} ticks in {elapsed:.3f} s"
 
 

@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it stands there."""
+"""The examples in the documentation run as they are."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_the_steps_of_a_part_run():
     (block,) = blocks("docs/parts.md")
     rows, labels = unit_rows(50, 8, seed=31)
     rows = rows.astype(np.float32)
-    # One process alone, which has all rows.
+    # A single process, which has all rows.
     names = {"ddtas": ddtas, "rows": rows, "labels": labels, "own": slice(0, 50), "gather": np.copy, "total": lambda found: found}
     exec(block, names)
     whole = ddtas.loss(rows, labels)

@@ -15,7 +15,7 @@ KS = (1, 2, 5, 40)
 
 
 def plain(queries, labels, gallery, gallery_labels, own):
-    """Query by query: hits by K, R-precision, average precision at R; None without an answer. `own[i]` is row i's own, or -1."""
+    """Per query: hits by K, R-precision, average precision at R; None without a match. `own[i]`: row i's reference, or -1."""
     answers = []
     for i, label in enumerate(labels):
         order = [j for j in np.argsort(-(gallery @ queries[i]), kind="stable") if j != own[i] and gallery_labels[j] >= 0]
@@ -176,7 +176,7 @@ def test_rows_of_tensors_are_compared_by_their_angle(scale):
     torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
     from ddtas.torch import evaluate, recall_at_k
 
-    # By the angle row 2 is the nearest of row 0; its product with it is smaller, for it is a little shorter.
+    # Row 2 has the smallest angle to row 0, but row 1, which is longer, the larger dot product.
     rows = scale * torch.tensor([[1, 0], [0.9999, 0.0447], [0.9987, 0.0316]])
     labels = torch.tensor([0, 0, 1])
     assert recall_at_k(rows, labels, [1]) == evaluate(rows, labels, ks=[1]).recall == {1: 0.0}

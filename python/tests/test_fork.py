@@ -1,4 +1,4 @@
-"""A forked process computes what its parent computes: with a workspace and threads of its own."""
+"""A forked process computes what its parent computes, with its own workspace and threads."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from formula import unit_rows
 
-# Python 3.12 and newer warn of a fork where there are threads: that is the matter here.
+# Python 3.12 and newer warn of forks of processes with threads, which these tests check.
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -23,7 +23,7 @@ SECONDS = 30
 
 
 def batch(count=600, dim=64):
-    """Large enough for every pass to be shared out."""
+    """A batch large enough for every pass to be split among threads."""
     rows, labels = unit_rows(count, dim, seed=7, classes=40)
     return rows.astype(np.float32), labels
 
@@ -41,7 +41,7 @@ def every_entry(context):
 
 
 def in_a_child(work):
-    """Forks; the child has to end well, and soon."""
+    """Runs `work` in a forked child, which must succeed before its alarm."""
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
@@ -67,7 +67,7 @@ def test_every_entry_works_in_a_child_whose_parent_has_used_it(threads):
         assert every_entry(context) == want
         assert every_entry(ddtas.Context(2)) == want
         assert every_entry(None) == want
-        # And in a child's child.
+        # The same in a child of the child.
         in_a_child(lambda: every_entry(context) == want or os._exit(1))
 
     in_a_child(work)

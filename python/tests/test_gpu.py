@@ -48,7 +48,7 @@ def test_float32_rows_may_be_rounded():
         found.append((value.item(), rows.grad))
     (exact, want), (fast, got) = found
     assert fast != exact and fast == pytest.approx(exact, rel=1e-2)
-    # A pair near a threshold may be kept in one and not in the other.
+    # A pair near a threshold may be mined in one and not in the other.
     assert 0 < torch.linalg.norm(got - want) <= 0.05 * torch.linalg.norm(want)
 
 

@@ -1,4 +1,4 @@
-"""What comes in is read where it lies, and what does not fit is refused with one clear line."""
+"""Inputs are read in place, and invalid ones are refused with one clear line."""
 
 import ctypes
 import dataclasses
@@ -19,7 +19,7 @@ def batch(count=12, dim=5, dtype=np.float32):
 
 
 class Dlpack:
-    """A tensor of another library: NumPy's memory, offered by DLPack alone."""
+    """A tensor of another library: NumPy's memory, available only by DLPack."""
 
     def __init__(self, array):
         self.array = array
@@ -32,14 +32,14 @@ class Dlpack:
 
 
 class OldDlpack(Dlpack):
-    """From before DLPack 1.0: no keywords."""
+    """A tensor from before DLPack 1.0, whose `__dlpack__` takes no keywords."""
 
     def __dlpack__(self):
         return self.array.__dlpack__()
 
 
 class GpuDlpack(Dlpack):
-    """Says that it lies in a GPU's memory; from before DLPack 1.0, whose struct begins with an address and the device."""
+    """Claims to be in GPU memory, in a struct from before DLPack 1.0: it begins with the address, then the device."""
 
     def __dlpack__(self):
         capsule = self.array.__dlpack__()
@@ -114,24 +114,24 @@ print(peak() - before)
 
 
 def growth(count: int, dim: int, call: str) -> int:
-    """Bytes by which the peak of a process of its own grows over a call."""
+    """Bytes by which a call raises the peak memory of a new process."""
     code = MEMORY.format(count=count, dim=dim, call=call)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def test_a_memory_bank_is_not_copied():
-    # 131 MB of references; the library keeps neither them nor the 80 x N similarities.
+    # 131 MB of references: the library copies neither these nor stores the 80 x N similarities.
     assert growth(128_000, 256, "ddtas.loss(rows[:80].copy(), labels[:80], rows, labels)") < 100e6
 
 
 def test_memory_grows_with_the_batch_not_with_its_square():
-    # S alone would be 256 MB.
+    # The similarities S alone would be 256 MB.
     assert growth(8_000, 32, "ddtas.loss(rows, labels)") < 100e6
 
 
 def test_recall_holds_no_list_of_all_rows_for_each():
-    # All lists at once would be 512 MB, whatever K beyond the rows.
+    # All neighbour lists at once would be 512 MB, for any K beyond the number of rows.
     assert growth(8_000, 8, "ddtas.recall_at_k(rows, labels, (10**12,))") < 300e6
 
 
@@ -330,7 +330,7 @@ def test_settings_of_another_type_are_refused():
 
 def test_the_source_folder_says_what_it_lacks():
     source = Path(__file__).parents[1]
-    # Isolated, or the folder would be found without being asked for.
+    # Isolated, since Python would otherwise search the current folder anyway.
     code = f"import sys; sys.path.insert(0, {str(source)!r}); import ddtas"
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

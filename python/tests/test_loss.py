@@ -93,7 +93,7 @@ def test_rectangular_form_is_the_formula(count, dtype):
 def test_identity_by_index_leaves_out_what_the_value_does_not_tell(width):
     rows, labels = unit_rows(60, 32, seed=13)
     rows = rows.astype(np.float32)
-    # The same rows in half precision: close to the anchors, and no duplicates of them.
+    # The same rows in half precision are close to the anchors, but no duplicates of them.
     references = np.concatenate([rows[:7], rows.astype(np.float16).astype(np.float32)])
     reference_labels = np.concatenate([labels[:7], labels])
     own = np.arange(67)[None, :] == 7 + np.arange(60)[:, None]
@@ -104,7 +104,7 @@ def test_identity_by_index_leaves_out_what_the_value_does_not_tell(width):
         check_against_formula(output, want)
     by_value = ddtas.loss(*given, check=False)
     assert by_value.total_pos - output.total_pos == (labels >= 0).sum()
-    # An anchor that is nowhere among the references.
+    # Every second anchor is not among the references.
     some = np.where(np.arange(60) % 2, np.arange(7, 67), -1)
     output = ddtas.loss(*given, identity=some, check=False)
     check_against_formula(output, formula.expected(*given, own=own & (some >= 0)[:, None]))
@@ -189,7 +189,7 @@ def test_recall_is_that_of_a_full_sort():
     rows, labels = unit_rows(150, 6, seed=11, noise=2.0)
     similarity = rows.astype(np.float32) @ rows.astype(np.float32).T
     np.fill_diagonal(similarity, -np.inf)
-    similarity[:, labels < 0] = -np.inf  # ignored rows are nobody's neighbours
+    similarity[:, labels < 0] = -np.inf  # ignored rows are no neighbours
     order = np.argsort(-similarity, axis=1)
     sizes = {label: (labels == label).sum() for label in labels}
     queries = [i for i in range(len(rows)) if labels[i] >= 0 and sizes[labels[i]] > 1]

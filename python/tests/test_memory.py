@@ -16,13 +16,13 @@ DIM = 8
 
 
 class PlainQueue:
-    """First in, first out; keeps every row it ever got and looks at the last `size`."""
+    """A first-in, first-out queue that keeps every row and uses the last `size`."""
 
     def __init__(self, size):
         self.size, self.rows, self.labels = size, np.zeros((0, DIM)), np.zeros(0, int)
 
     def loss(self, rows, labels, enqueue=None):
-        """Queues, and compares: a row is no pair of itself, known by its place in the queue."""
+        """Queues the rows, then compares: a row's pair with itself, known by its place in the queue, does not count."""
         queued = np.ones(len(rows), bool) if enqueue is None else enqueue
         first = len(self.rows)
         self.rows = np.concatenate([self.rows, rows[queued]])
@@ -55,7 +55,7 @@ def test_losses_are_those_of_a_plain_queue(memory_size):
         assert loss.item() == pytest.approx(want.loss, rel=1e-5, abs=1e-7)
         assert memory.loss.statistics["active"] == ((want.count_pos > 0) & (want.count_neg > 0)).sum()
         loss.backward()
-        # Back through the normalisation, by hand.
+        # The gradient through the normalisation, by hand.
         rows_of, length = unit(rows), rows.detach().norm(dim=1, keepdim=True).numpy()
         inward = (want.gradient * rows_of).sum(1, keepdims=True) * rows_of
         close(rows.grad, (want.gradient - inward) / length, 2e-5)
@@ -102,7 +102,7 @@ def test_gradients_pass_gradcheck_in_float64():
     for rows, labels in batches(2, 12, seed=3):
         filled(rows, labels)
     (rows, labels), *_ = batches(1, 8, seed=4)
-    # The batch's own rows in the queue are constants, so a difference would move them: they are left out.
+    # Queued copies of the batch are constants to autograd, but finite differences would move them: they are left out.
     mask = torch.zeros(8, dtype=torch.bool)
     step = lambda moved: copy.deepcopy(filled)(moved, labels, enqueue_mask=mask)  # noqa: E731
     assert torch.autograd.gradcheck(step, (rows.double().requires_grad_(),))
@@ -126,12 +126,12 @@ def test_singletons_in_batch_and_memory_are_no_positives_of_themselves(dtype, di
     memory = CrossBatchMemory(SoftContrastiveLoss(), dim, 128, dtype=dtype)
     memory(rows.to(dtype), labels)
     assert memory.loss.statistics["positives"] == memory.loss.statistics["active"] == 0
-    # Whatever is mined: no positive of any kind was seen.
+    # No positive was seen, whether mined or not.
     assert math.isnan(memory.loss.statistics["mean_pos"])
 
 
 class Coarse(CrossBatchMemory):
-    """Keeps rows in bfloat16 whatever it compares: what lies in the queue is no duplicate of the batch."""
+    """Queues rows in bfloat16, so that they are no exact duplicates of the batch."""
 
     def _enqueue(self, places, rows, labels):
         super()._enqueue(places, rows.bfloat16().to(rows.dtype), labels)
@@ -143,9 +143,9 @@ def test_rows_that_changed_on_the_way_into_the_queue_are_known_by_their_place(dt
     for step in range(4):  # The third batch wraps around the queue's end.
         rows = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
         memory(rows, torch.arange(16 * step, 16 * step + 16))
-        # Every row is alone in its class: a positive of any kind is itself.
+        # Every row is alone in its class: its only possible positive is itself.
         assert math.isnan(memory.loss.statistics["mean_pos"])
-    # By their value they are not.
+    # By value such rows are not recognised.
     memory.loss(rows, torch.arange(16), ref_emb=rows.bfloat16().to(dtype), ref_labels=torch.arange(16))
     assert not math.isnan(memory.loss.statistics["mean_pos"])
 
@@ -181,7 +181,7 @@ def test_a_mask_that_leaves_nothing_to_compare_gives_zero_and_a_gradient():
     empty = memory(rows[:0], labels[:0])
     empty.backward()
     assert empty == 0 and memory.queue_idx == 16
-    # What was only queued is compared with by the next batch.
+    # The next batch is compared with rows that were only queued.
     assert memory(more, more_labels, enqueue_mask=none) > 0
 
 
@@ -328,7 +328,7 @@ def test_a_state_dict_of_the_first_version_is_taken_up():
     given = list(batches(2, 16, seed=12))
     memory(*given[0])
     old = dict(memory.state_dict())
-    # It kept zeros, or what was there before, behind the rows of a queue that is not full.
+    # The old format kept zeros or old rows behind the rows of a queue that is not full.
     old["embedding_memory"] = torch.cat([old["embedding_memory"][:16], torch.zeros(24, DIM)])
     old["label_memory"] = torch.cat([old["label_memory"][:16], torch.arange(24) % 5])
     old["_extra_state"] = {"queue_idx": 16, "has_been_filled": 0}

@@ -48,7 +48,7 @@ def test_the_operator_passes_opcheck(dtype, references):
         assert loss > 0 and gradient.any() and back.any() == references and statistics.isfinite().all()
         torch.library.opcheck(torch.ops.ddtas.loss.default, given)
     nothing = (given[0][:0], given[1][:0], *given[2:])
-    # The means of no pair are NaN, which the fourth check compares as unequal.
+    # Without pairs the means are NaN, which opcheck's fourth test compares as unequal.
     torch.library.opcheck(torch.ops.ddtas.loss.default, nothing, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.ddtas.good_rows.default, (normalize(given[0], dim=1),))
 
@@ -173,7 +173,7 @@ def test_a_batch_of_batches_and_of_upstreams_have_the_gradients_of_each():
 
 
 class OnHost:
-    """Stands for the compiled module's `CudaContext`: what it is told by address it computes on the processor."""
+    """A stand-in for the compiled module's `CudaContext` that computes on the CPU from the given addresses."""
 
     def __init__(self):
         self.context = ddtas.Context(1)
@@ -202,7 +202,7 @@ class OnHost:
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """The processor's rows go the way of a GPU's; without the compiler, for whose graphs they are the processor's."""
+    """Sends CPU rows the way of GPU rows; not in compiled graphs, where they stay CPU rows."""
     monkeypatch.setattr(_ddtas, "has_cuda", True)
     monkeypatch.setattr(_ddtas, "CudaContext", lambda *_: OnHost(), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
@@ -241,7 +241,7 @@ def test_a_loss_on_a_gpu_asks_torch_for_room_alone(on_gpu):
     upstream = torch.tensor(2.0)
     with torch.autograd.profiler.profile() as profile:
         torch.autograd.grad(value, rows, upstream)
-    # The processor's upstream is read: a GPU's is not.
+    # The upstream gradient is read on the CPU only, not on a GPU.
     read = ["aten::item", "aten::_local_scalar_dense"]
     assert [event.name for event in profile.function_events if event.name.startswith("aten")] == [*read, "aten::mul"]
 

@@ -1,4 +1,4 @@
-"""`ddtas.Part`: a batch in parts has the bits of the batch at once, and the numbers of the formula."""
+"""`ddtas.Part`: a batch in parts has the bits of the whole batch, and the numbers of the formula."""
 
 import threading
 
@@ -10,7 +10,7 @@ from formula import close, unit_rows
 
 
 def in_threads(parts, tangent, ranges):
-    """Each part in a thread of its own; what they found travels through `shared`, put together in order."""
+    """Runs each part in its own thread; their results are exchanged through `shared`, in the order of the parts."""
     shared, answers, failed = [{} for _ in parts], [None] * len(parts), []
     barrier = threading.Barrier(len(parts))
 
@@ -91,7 +91,7 @@ def test_parts_in_threads_have_the_bits_of_one_and_the_numbers_of_the_formula(le
 def test_references_in_blocks_are_the_references_at_once(dtype):
     rows, labels = unit_rows(40, 16, seed=23)
     others, other_labels = unit_rows(200, 16, seed=24)
-    # Some anchors stand among the references, from 90 on.
+    # Some anchors are also references, from 90 on.
     others[90:110], other_labels[90:110] = rows[:20], labels[:20]
     rows, others = rows.astype(dtype), others.astype(dtype)
     list_of = np.where(np.arange(40) < 20, 90 + np.arange(40), -1)
@@ -148,7 +148,7 @@ def test_steps_out_of_order_are_refused():
                 step(fresh)
             with pytest.raises(RuntimeError, match="needs"):
                 steps[at](fresh)
-    # What comes between two steps is an error, not a wrong number.
+    # Another call between two steps makes the next step an error.
     context = ddtas.Context(1)
     fresh = part(context=context)
     fresh.same_class()

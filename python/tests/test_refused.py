@@ -1,4 +1,4 @@
-"""What the operator, the loss and the memory refuse: no tensor is read beyond its memory, or as another type than it has."""
+"""Tensors that the operator, the loss and the memory refuse, so that none is read beyond its memory or as another type."""
 
 import ddtas
 import numpy as np
@@ -66,14 +66,14 @@ def test_the_operator_refuses(name):
         call(*given)
     assert "\n" not in str(raised.value)
     if "elsewhere" not in name and name != "references narrow":
-        # The operator on a GPU asks the same first.
+        # The operator for GPUs makes the same checks first.
         whole = operator.Call(*given, *[None] * (7 - len(given)), "at-asms", NUMBERS, True, False, 1, 0)
         with pytest.raises(error, match=message):
             operator._on_gpu(whole)
 
 
 class Wrapped(torch.Tensor):
-    """A tensor that holds another one, and has no memory of its own."""
+    """A tensor that wraps another one, without memory of its own."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -280,7 +280,7 @@ def test_a_spoilt_memory_is_not_loaded():
     without = {name: value for name, value in good.items() if name != "_extra_state"}
     with pytest.raises(ValueError, match="has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory$"):
         CrossBatchMemory(SoftContrastiveLoss(), DIM, 20).load_state_dict(without, strict=False)
-    # What lies behind the rows of a queue that is not full is not looked at.
+    # Memory behind the rows of a queue that is not full is not checked.
     rest = torch.where(torch.arange(20)[:, None] >= 12, torch.nan, rows)
     other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
     other.load_state_dict(good | {"embedding_memory": rest})

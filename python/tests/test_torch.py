@@ -1,4 +1,4 @@
-"""`ddtas.torch.SoftContrastiveLoss`: the dense loss's numbers, by autograd, as a module among modules."""
+"""`ddtas.torch.SoftContrastiveLoss`: compared with the dense loss by autograd, and as a module in others."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ import dense  # noqa: E402
 
 
 def batch(count=40, dim=9, seed=0, dtype=torch.float32, length=3.0):
-    """Rows of another length than 1, and labels."""
+    """Rows that are not of unit length, and labels."""
     rows, labels = unit_rows(count, dim, seed)
     return torch.tensor(length * rows, dtype=dtype), torch.tensor(labels)
 
@@ -83,7 +83,7 @@ def test_gradcheck_catches_a_wrong_gradient():
 def test_narrow_embeddings_get_a_gradient_of_their_type(dtype):
     embeddings, labels = batch(60, 32, dtype=dtype)
     narrow, wide = embeddings.clone().requires_grad_(), embeddings.double().requires_grad_()
-    # The rows as they are after rounding to the type, for mining is exact about them.
+    # The rows rounded to the type, since rounding decides which pairs near a threshold are mined.
     rounded = torch.nn.functional.normalize(embeddings.float(), dim=1).to(dtype)
     loss = SoftContrastiveLoss()(narrow, labels)
     assert loss.dtype == torch.float32
@@ -183,7 +183,7 @@ def test_rows_of_any_length_are_normalised(scale, dtype):
     embeddings = (scale * embeddings).to(dtype).requires_grad_()
     value = SoftContrastiveLoss()(embeddings, labels)
     value.backward()
-    # The same rows in float64, of a length that squares can bear; the gradient is inversely proportional to it.
+    # The same rows in float64, of a length whose square does not overflow; the gradient is inversely proportional to the length.
     plain = (embeddings.detach().double() / scale).requires_grad_()
     want = dense_loss(plain, labels)
     want.backward()
@@ -254,7 +254,7 @@ def test_a_batch_of_one_kind_of_pairs_is_warned_of_once():
         assert len(warned) == 1 and warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # A row alone, none, and a memory that has none of the batch's classes yet.
+        # One row, no rows, and a memory without rows of the classes in the batch.
         SoftContrastiveLoss()(embeddings[:1], torch.arange(1))
         SoftContrastiveLoss()(embeddings[:0], labels[:0])
         SoftContrastiveLoss()(embeddings[:3], torch.arange(3), ref_emb=embeddings[3:6], ref_labels=torch.arange(3, 6))
@@ -339,7 +339,7 @@ def test_a_build_for_the_cpu_says_how_to_get_the_gpu():
     embeddings, labels = batch()
     numbers = (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7)
     with pytest.raises(RuntimeError, match="serves the CPU only: install it with"):
-        # What torch calls for a GPU's tensors.
+        # torch calls this for GPU tensors.
         operator._on_gpu(operator.Call(embeddings, labels, *[None] * 5, "at-asms", numbers, True, False, 1, 0))
 
 
@@ -425,7 +425,7 @@ def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
     def written(square_sum, anchor, reference):
         # ddtas_loss_scalars of include/ddtas.h, which the compiled module reads.
         scalars = struct.pack("7d4QdIIQQ", *numbers, *counts, square_sum, anchor, reference, 20, 30)
-        # The operator makes room for as many.
+        # The operator allocates as many.
         assert len(scalars) == 8 * len(STATISTICS)
         return torch.frombuffer(bytearray(scalars), dtype=torch.float64), labels
 
@@ -472,7 +472,7 @@ def test_a_budget_changes_no_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_searches_normalise_rows_of_any_length(dtype):
     rows, labels = batch(150, length=1.0)
-    # Powers of 2 change the length and nothing else.
+    # Scaling by powers of 2 changes only the length.
     rows = rows.to(dtype)
     longer = rows * 2.0 ** (torch.arange(150) % 8 - 3).to(dtype)[:, None]
     want = evaluate(rows, labels)

@@ -1,4 +1,4 @@
-"""The loss in the place of pytorch-metric-learning's loss and miner, in its own trainer."""
+"""The loss in place of pytorch-metric-learning's loss and miner, in that library's trainer."""
 
 import logging
 
@@ -30,7 +30,7 @@ def drawn(classes, seed):
 def quiet():
     logging.getLogger("PML").setLevel(logging.WARNING)
     torch.manual_seed(0)
-    # Batches of 48 rows are not worth waking a thread.
+    # Batches of 48 rows are too small for several threads.
     torch.set_num_threads(1)
 
 

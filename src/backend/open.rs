@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(open(&DeviceSpec::Cpu).unwrap().name(), "cpu");
         let AutoDevice { spec, reason } = auto();
         assert_eq!(open(&DeviceSpec::Auto).unwrap().name(), spec.to_string());
-        // A build that could use a GPU says why it does not; another has nothing to say.
+        // Only a build that could use a GPU gives a reason for not using one.
         assert_eq!(reason.is_some(), cfg!(feature = "cuda") && spec == DeviceSpec::Cpu);
     }
 }

@@ -283,7 +283,7 @@ mod tests {
 
     const KS: [usize; 4] = [1, 3, 20, 500];
 
-    /// Labels whose classes have 1 to `classes` rows, mixed; one row in seven ignored if `ignored`.
+    /// Labels of classes of 1 to `classes` rows, shuffled; if `ignored`, one row in seven is ignored.
     fn ragged(classes: i64, ignored: bool, rng: &mut ChaCha8Rng) -> Vec<i64> {
         let mut labels: Vec<i64> =
             (0..classes).flat_map(|class| std::iter::repeat_n(class, class as usize + 1)).collect();
@@ -296,8 +296,8 @@ mod tests {
         labels
     }
 
-    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a
-    /// class share most of their corners.
+    /// Unit rows of 16 entries of 1/4 or -1/4: similarities are exact, and many are equal. Rows of a class
+    /// share most signs.
     fn corners(labels: &[i64], rng: &mut ChaCha8Rng) -> Array2<f32> {
         Array2::from_shape_fn((labels.len(), 16), |(row, d)| {
             let own = labels[row].wrapping_mul(2_654_435_761).wrapping_add(d as i64 * 40_503) >> 7 & 1;
@@ -306,7 +306,7 @@ mod tests {
         })
     }
 
-    /// Query by query, from the definitions: Recall@K, R-precision, MAP@R, queries counted.
+    /// Query by query, from the definitions: Recall@K, R-precision, MAP@R, number of queries counted.
     fn plain(queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> (Vec<f64>, f64, f64, usize) {
         let searched = gallery.map_or_else(|| queries.view(), Rows::view);
         let products = queries.embeddings.to_f64().dot(&searched.embeddings.to_f64().t());
@@ -365,7 +365,7 @@ mod tests {
             for room in [ROOM, Room { entries: 5000, queries: 40 }, Room { entries: 1, queries: 1 }] {
                 let alone = check(&room, &queries, None);
                 let apart = check(&room, &queries, Some(&gallery));
-                // A test of chance or of perfection would prove little.
+                // Figures near chance or perfection would prove little.
                 assert!(alone.r_precision > 0.1 && alone.r_precision < 0.9, "{}", alone.r_precision);
                 assert!(apart.recall.without_match > 0 && alone.recall.without_match > 0);
             }
@@ -408,7 +408,7 @@ mod tests {
 
     #[test]
     fn duplicates_of_a_query_are_neighbours_and_the_query_itself_is_none() {
-        // Forty equal rows: the query is not the first of them, perhaps not among the first K + 1.
+        // Forty equal rows: a query need not be among its own first K + 1 neighbours.
         let rows = Array2::from_shape_fn((40, 4), |_| 0.5f32);
         let labels: Vec<i64> = (0..40).map(|row| i64::from(row >= 20)).collect();
         check(&ROOM, &Rows::new(rows.view(), &labels), None);

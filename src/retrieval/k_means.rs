@@ -211,7 +211,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::CpuBackend;
 
-    /// `classes` bundles of `each` unit rows, each bundle about a direction of its own, `noise` wide.
+    /// `classes` bundles of `each` unit rows, each bundle around its own direction with this `noise`.
     fn bundles(classes: usize, each: usize, dim: usize, noise: f32) -> Array2<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let centres = Array2::from_shape_fn((classes, dim), |_| rng.random_range(-1.0f32..1.0));
@@ -246,7 +246,7 @@ mod tests {
 
     #[test]
     fn every_row_is_in_the_cluster_of_its_nearest_mean() {
-        // Bundles that overlap: Lloyd has work to do, and a wrong norm term would show.
+        // Overlapping bundles need several Lloyd iterations, and would show a wrong norm term.
         let rows = bundles(9, 31, 6, 1.2);
         let clusters = cluster(&rows, 9, 200, 1);
         assert!((2..200).contains(&clusters.iterations));
@@ -284,7 +284,7 @@ mod tests {
         let mut rows = bundles(3, 4_000, 6, 0.4);
         rows.row_mut(11_000).mapv_inplace(|value| value * 1.000_95);
         rows.row_mut(7).mapv_inplace(|value| value * 0.999_05);
-        // Seeds too: of as many clusters as rows, each is one.
+        // With as many clusters as rows, every row is a seed.
         let few = rows.slice(s![10_950..11_050, ..]).to_owned();
         assert!(cluster(&few, 100, 2, 0).inertia < 1e-6);
         assert!(cluster(&rows, 3, 2, 0).inertia > 0.0);

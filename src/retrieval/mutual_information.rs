@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn figures_of_scikit_learn_are_met() {
-        // sklearn.metrics.normalized_mutual_info_score(classes, clusters), scikit-learn 1.9.
+        // By sklearn.metrics.normalized_mutual_info_score(classes, clusters) of scikit-learn 1.9.
         let cases: [(&[i64], &[u32], f64); 5] = [
             (&[0, 0, 1, 1], &[5, 5, 2, 2], 1.0),
             (&[0, 0, 1, 1], &[0, 1, 0, 1], 0.0),

@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn recall_counts_the_first_right_neighbour_and_skips_unanswerable_queries() {
-        // Row 3 is alone in its class, row 4 is ignored though it lies between the others.
+        // Row 3 is alone in its class; row 4 is ignored, although it lies between the others.
         let (rows, labels) = (at_angles(&[0.0, 10.0, 25.0, 60.0, 5.0]), [0, 1, 0, 2, -1]);
         let recall = recall(&mut CpuBackend::new(), &Rows::new(rows.view(), &labels), None, &[2, 1]).unwrap();
         assert_eq!(recall.queries, 2);

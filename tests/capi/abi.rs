@@ -1,4 +1,4 @@
-//! The C ABI as a backend: every pass is a call of its entries, with packed or strided rows.
+//! The C ABI as a backend: every pass calls its functions, with packed or strided rows.
 
 use std::ffi::{CString, c_void};
 use std::ptr::{null, null_mut};
@@ -13,10 +13,10 @@ use ddtas::loss::{
 use ddtas::{Error, Result};
 use ndarray::{Array2, ArrayView2};
 
-/// A context, destroyed by the last who has it.
+/// A context, destroyed on drop.
 pub(crate) struct Handle(pub(crate) *mut Context);
 
-// The header allows both: a context locks itself.
+// The header allows sharing a context between threads: it locks itself.
 unsafe impl Send for Handle {}
 unsafe impl Sync for Handle {}
 
@@ -26,7 +26,7 @@ impl Drop for Handle {
     }
 }
 
-/// A backend made of C calls.
+/// A backend that calls the C ABI.
 #[derive(Clone)]
 pub(crate) struct Abi {
     pub(crate) handle: Arc<Handle>,
@@ -35,7 +35,7 @@ pub(crate) struct Abi {
     pub(crate) memory: Memory,
 }
 
-/// What an entry wrote.
+/// The arrays and the result that a function wrote.
 pub(crate) struct Answer {
     min_pos: Vec<f32>,
     max_neg: Vec<f32>,
@@ -46,7 +46,7 @@ pub(crate) struct Answer {
     pub(crate) result: LossResult,
 }
 
-/// Numbers that no loss gives an anchor: nothing was written.
+/// A float and a count that no loss writes for an anchor: initial values, to detect what was written.
 const UNTOUCHED: (f32, u32) = (-7.0, u32::MAX);
 
 impl Answer {
@@ -56,13 +56,13 @@ impl Answer {
         let counts = |values: &[u32]| values.iter().any(|value| *value != UNTOUCHED.1);
         let counted = counts(&self.count_pos);
         assert_eq!(counted, counts(&self.count_neg));
-        // Between rows, and in rows that were not written, there is GAP: a NaN.
+        // A row that was not written still holds GAP, a NaN.
         let gradient = self.gradient.iter().any(|value| !value.is_nan());
         [floats(&self.min_pos), floats(&self.max_neg), counted, gradient]
     }
 }
 
-/// What lies between rows: NaN in every type, so that reading it shows; writing it is looked for.
+/// Byte between rows: NaN in every type, so that reading it spoils the results; tests check that it stays.
 const GAP: u8 = 0xff;
 
 /// Rows in the caller's layout, kept alive for a call.
@@ -90,7 +90,7 @@ fn spread(packed: &[u8], width: usize, stride: usize) -> Vec<u64> {
     words
 }
 
-/// A float matrix spread out for writing, and what was written there.
+/// A strided float matrix that a function writes to.
 pub(crate) struct Target {
     words: Vec<u64>,
     shape: (usize, usize),
@@ -164,7 +164,7 @@ impl Abi {
         Laid { bytes, rows }
     }
 
-    /// The references with what says which of them are anchors.
+    /// The references, with the identity that says which of them are anchors.
     fn lay_references(&self, batch: &Batch<'_>) -> Option<Laid> {
         let mut laid = self.lay(batch.references.as_ref()?);
         match batch.identity {
@@ -181,7 +181,7 @@ impl Abi {
         Some(laid)
     }
 
-    /// Lets an entry fill in a result that asks for everything `batch` has.
+    /// Calls a function with a result that asks for every output that `batch` has.
     pub(crate) fn evaluate(
         &self,
         batch: &Batch<'_>,
@@ -235,7 +235,7 @@ impl Abi {
         String::from_utf8(bytes[..length].to_vec()).unwrap()
     }
 
-    /// Recall at each of `ks`, and the queries that were counted.
+    /// Recall at each of `ks`, and the number of queries counted.
     pub(crate) fn recall(&self, rows: &Rows, ks: &[usize]) -> Result<(Vec<f64>, u64)> {
         let (mut recall, mut queries) = (vec![f64::NAN; ks.len()], 0u64);
         let status = unsafe {
@@ -251,7 +251,7 @@ impl Abi {
         self.check(status).map(|()| (recall, queries))
     }
 
-    /// A failure as an error, which the table prints.
+    /// Turns a failed status and its message into an error.
     pub(crate) fn check(&self, status: Status) -> Result<()> {
         if status == Status::Ok {
             assert_eq!(self.message(), "", "a call that worked leaves no message");

@@ -1,4 +1,4 @@
-/* What the C tests share: a check that prints and counts, and a batch. */
+/* Shared by the C tests: checks that print failures and count, and a batch. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -19,7 +19,7 @@ static int failures, checks;
         }                                                                                                    \
     } while (0)
 
-/* A refusal: its status, and a message of one line that holds `text`. */
+/* Checks a refusal: its status, and a message of one line that contains `text`. */
 static inline void refused_at(int line, const ddtas_context *context, ddtas_status got, ddtas_status want,
                               const char *text) {
     char message[512];
@@ -35,7 +35,7 @@ static inline void refused_at(int line, const ddtas_context *context, ddtas_stat
 
 enum { COUNT = 60, DIM = 24 };
 
-/* Unit rows of 12 classes, and everything that points to them. */
+/* Unit rows of 12 classes, and the structs that point to them. */
 typedef struct {
     float rows[COUNT * DIM];
     int64_t labels[COUNT];
@@ -77,7 +77,7 @@ static inline ddtas_context *open_context(size_t threads) {
     return context;
 }
 
-/* The last line, and the exit status. */
+/* Prints the summary; the exit status. */
 static inline int report(const char *name) {
     printf("%s: %d checks, %d failed\n", name, checks, failures);
     return checks == 0 || failures > 0;

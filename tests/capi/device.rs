@@ -1,4 +1,4 @@
-//! Rows and gradients in device memory: the emulated device's, which is the host's.
+//! Rows and gradients in device memory, that of the emulated device.
 
 use std::ptr::{null, null_mut};
 
@@ -32,7 +32,7 @@ fn a_loss_that_is_issued_writes_what_the_loss_answers() {
     let mut gradient = Target::new((laid.rows.count, laid.rows.dim), 0);
     let mut scalars: LossScalars = unsafe { std::mem::zeroed() };
     let lambdas = [settings.lambda_pos, settings.lambda_neg];
-    // Thresholds in device memory go before those of the settings.
+    // Thresholds in device memory override those of the settings.
     let others = Settings { lambda_pos: 0.1, lambda_neg: 0.2, ..settings };
     for (settings, lambda) in [(settings, null()), (others, lambdas.as_ptr())] {
         scalars.loss = 0.0;
@@ -63,7 +63,7 @@ fn recall_of_rows_in_device_memory_is_that_of_the_host_s() {
     let mut case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
     let device = Abi::open("emulated", 0, 0, Memory::Device);
     let host = Abi { memory: Memory::Host, ..device.clone() };
-    // One row, every third, all of them.
+    // Ignore one row, every third row, all rows.
     for ignored in [usize::MAX, 3, 1] {
         case.anchors.labels.iter_mut().step_by(ignored).for_each(|label| *label = -1);
         let both = [&device, &host].map(|abi| {
@@ -103,7 +103,7 @@ fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
     let bad = vec![f32::NAN; good.count * good.dim];
     let (status, message) = refused(Rows { embeddings: bad.as_ptr().cast(), ..good }, Some(&good), 1);
     assert_eq!((status, message.contains("row 0 of the queries")), (Status::NotFinite, true), "{message}");
-    // Labels are not looked at, and a k beyond the rows is no fault.
+    // Labels may be NULL, and k may exceed the number of rows.
     let nameless = Rows { labels: null(), count: 3, ..good };
     let (mut found, mut how_close) = ([7u32; 15], [7f32; 15]);
     let (to, and) = (found.as_mut_ptr(), how_close.as_mut_ptr());

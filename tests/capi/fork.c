@@ -1,5 +1,5 @@
-/* A forked child computes what its parent computes, in the parent's contexts and in fresh ones, whatever other threads
- * did at the fork; and a destroyed context leaves no thread behind. */
+/* A forked child computes what its parent computes, in the parent's contexts and in new ones, whatever other threads
+* did at the fork; and a destroyed context leaves no thread behind. */
 #define _POSIX_C_SOURCE 200809L
 #include "check.h"
 
@@ -11,7 +11,7 @@
 
 enum { ROWS = 600, WIDTH = 64, SECONDS = 30 };
 
-/* Large enough for every pass to be shared out among threads. */
+/* Large enough for every pass to be split among threads. */
 static float rows[ROWS * WIDTH], gradient[ROWS * WIDTH];
 static int64_t labels[ROWS];
 static uint32_t indices[ROWS * 3];
@@ -41,7 +41,7 @@ typedef struct {
     uint32_t index;
 } answers;
 
-/* Every entry of the header. */
+/* Calls every function of the header. */
 static answers compute(ddtas_context *context) {
     answers found;
     memset(&found, 0, sizeof found);
@@ -53,7 +53,7 @@ static answers compute(ddtas_context *context) {
     char name[8];
     CHECK(ddtas_loss(context, NULL, &view, NULL, &result) == DDTAS_STATUS_OK);
     CHECK(ddtas_threshold_gradient(context, &view, NULL, &tangents, &found.pos, &found.neg) == DDTAS_STATUS_OK);
-    /* The whole batch as its only part: what each step finds is what the next one takes. */
+    /* The whole batch as the only part: each step's output is the next one's input. */
     ddtas_rows known = view;
     known.identity = DDTAS_IDENTITY_FROM;
     ddtas_loss_result steps = {.struct_size = sizeof steps, .min_pos = numbers[0], .max_neg = numbers[1],
@@ -92,7 +92,7 @@ static int same(answers a, answers b) {
 static void child_ended_well(pid_t child) {
     int status = 0;
     CHECK(waitpid(child, &status, 0) == child);
-    CHECK(!WIFSIGNALED(status)); /* SIGALRM: it hung */
+    CHECK(!WIFSIGNALED(status)); /* SIGALRM: the child hung */
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
@@ -105,7 +105,7 @@ static void forked(ddtas_context *context, answers want, int again) {
     }
     alarm(SECONDS);
     failures = 0;
-    /* What the parent's context remembered is the parent's. */
+    /* The child does not inherit the parent's last loss. */
     double pos, neg;
     ddtas_rows view = {
         .struct_size = sizeof view, .embeddings = rows, .labels = labels, .count = ROWS, .dim = WIDTH};
@@ -150,7 +150,7 @@ static void destroy_waits(void) {
     compute(context);
     CHECK(threads_now() >= before + 6);
     ddtas_context_destroy(context);
-    /* The kernel may list a thread a moment longer than it can be waited for. */
+    /* The kernel may still list a thread for a moment after it was joined. */
     struct timespec moment = {.tv_nsec = 1000000};
     for (int i = 0; i < 1000 && threads_now() > before; i++)
         nanosleep(&moment, NULL);

@@ -1,11 +1,11 @@
-/* Input that a correct program never hands in: each is refused with its status and a line of text,
- * nothing is written, and the context goes on working. */
+/* Input that a correct program never passes: each is refused with its status and a line of text,
+* nothing is written, and the context goes on working. */
 #include "check.h"
 
 static ddtas_context *context;
 static fixture f;
 
-/* The loss of the fixture as it stands. */
+/* Calls ddtas_loss with the fixture. */
 static ddtas_status loss(const ddtas_settings *settings) {
     return ddtas_loss(context, settings, &f.view, NULL, &f.result);
 }
@@ -24,7 +24,7 @@ static void again(void) {
     f.gradient[0] = 77;
 }
 
-/* Nothing of the result was written. */
+/* Checks that nothing of the result was written. */
 static void untouched(void) {
     CHECK(f.gradient[0] == 77 && f.result.loss == 0 && f.result.active == 0);
     again();
@@ -164,7 +164,7 @@ static void sizes(void) {
 }
 
 static void struct_sizes(void) {
-    /* The second to last: a byte less than the first header's smaller struct. */
+    /* The third: a byte less than ddtas_rows of the first header; too small for the other structs too. */
     size_t bad[] = {0, 1, offsetof(ddtas_rows, identity) - 1, 4097, SIZE_MAX};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         f.view.struct_size = bad[i];
@@ -231,7 +231,7 @@ static void contents(void) {
         REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_FINITE, "row 7 of the anchors");
         untouched();
     }
-    /* Finite, though its square is not in single precision. */
+    /* Finite, but its square overflows single precision. */
     f.rows[7 * DIM + 3] = 3e38f;
     REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 7 of the anchors");
     untouched();
@@ -246,7 +246,7 @@ static void contents(void) {
             "row 0 of the references");
     untouched();
 
-    /* A caller that vouches for rows it should not: a meaningless loss, and nothing worse. */
+    /* Unchecked rows of garbage give a meaningless loss, and nothing worse. */
     ddtas_settings trust;
     ddtas_settings_init(&trust, sizeof trust);
     trust.row_check = DDTAS_ROW_CHECK_TRUST;
@@ -298,7 +298,7 @@ static void threshold(void) {
     REFUSED(context, ddtas_threshold_gradient(context, &f.view, NULL, &tangents, &pos, &neg), DDTAS_STATUS_NOT_FINITE,
             "row 0 of the tangent");
     CHECK(pos == 5 && neg == 5);
-    /* A failed loss is forgotten, not half remembered. */
+    /* After a failed loss there is no last loss. */
     f.rows[0] = NAN;
     CHECK(loss(NULL) == DDTAS_STATUS_NOT_FINITE);
     tangents.anchors = f.rows;
@@ -352,7 +352,7 @@ static void identity(void) {
                 "identity = reference");
         untouched();
     }
-    /* Where it means nothing, it is a mistake. */
+    /* An identity is refused where it has no meaning: in the square form and in searches. */
     known.identity_first = 0;
     REFUSED(context, ddtas_loss(context, NULL, &known, NULL, &f.result), DDTAS_STATUS_INVALID_VALUE,
             "belongs to the references");
@@ -368,7 +368,7 @@ static void identity(void) {
     again();
 }
 
-/* The steps of rows 10 to 40 of the fixture. */
+/* The steps of a part: rows 10 to 39 of the fixture. */
 static ddtas_rows own, all;
 static ddtas_part part;
 static float numbers[COUNT];
@@ -387,7 +387,7 @@ static ddtas_status step(int which) {
     }
 }
 
-/* Everything as it should be before step `which`, and the steps before it done. */
+/* Sets valid arguments for step `which`, and runs the steps before it. */
 static void up_to(int which) {
     fill(&f, 1);
     f.gradient[0] = 77;
@@ -423,7 +423,7 @@ static void steps(void) {
     for (int which = 0; which < 4; which++) {
         up_to(which);
         CHECK(step(which) == DDTAS_STATUS_OK && (which == 3) == (f.gradient[0] != 77));
-        /* The step after the next, this one again, and one that a loss came before. */
+        /* Out of order: the step after this one, this one twice, and this one after a loss. */
         up_to(which);
         if (which > 0)
             REFUSED(context, step(which < 3 ? which + 1 : 1), DDTAS_STATUS_OUT_OF_ORDER, "needs the");
@@ -502,7 +502,7 @@ static void steps(void) {
             "ddtas_loss_result is NULL");
     f.rows[12 * DIM] = NAN;
     REFUSED(context, step(0), DDTAS_STATUS_NOT_FINITE, "row 2 of the anchors");
-    /* Rows that are none are served in a part alone, and only as anchors. */
+    /* A part may have no rows, but only as anchors and only in the steps. */
     up_to(0);
     own = (ddtas_rows){.struct_size = sizeof own, .dim = DIM};
     for (int which = 0; which < 4; which++)
@@ -512,7 +512,7 @@ static void steps(void) {
     CHECK(ddtas_threshold_gradient(context, &own, &all, &tangents, &pos, &neg) == DDTAS_STATUS_OK);
     CHECK(pos == 0 && neg == 0);
     REFUSED(context, ddtas_loss(context, NULL, &own, &all, &f.result), DDTAS_STATUS_INVALID_SHAPE, "empty");
-    /* Numbers that no step finds: a meaningless loss, and nothing worse. */
+    /* Numbers that no step finds give a meaningless loss, and nothing worse. */
     float strange[] = {NAN, INFINITY, -INFINITY, -7};
     for (int which = 0; which < 4; which++) {
         up_to(0);
@@ -548,7 +548,7 @@ static void search(void) {
     CHECK(ddtas_recall_at_k(context, &f.view, ks, 2, recall, &queries) == DDTAS_STATUS_OK && queries == 0);
     f.view.count = COUNT;
 
-    /* More neighbours than there are: the rest says so. */
+    /* More neighbours than there are: the rest is DDTAS_NO_NEIGHBOUR. */
     enum { K = COUNT + 3 };
     static uint32_t indices[COUNT * K];
     static float similarities[COUNT * K];

@@ -1,7 +1,5 @@
-//! The C ABI against the float64 truth: the whole table of cases through its entries.
-//!
-//! [`Abi`] is a backend that computes by calling them. Hostile input and sanitizers are the business of the C programs beside
-//! this (`.ci/linked.sh`).
+//! The C ABI against the float64 truth: the whole table of cases through its functions, which the backend
+//! [`Abi`] calls. The C programs beside this file test hostile input, with sanitizers (`.ci/linked.sh`).
 #![allow(clippy::undocumented_unsafe_blocks, reason = "every call below hands in live memory of its own")]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
@@ -67,7 +65,7 @@ fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
                         && near(found.threshold_gradient.neg, sums.neg),
                     "{lengths:?}"
                 );
-                // Sums over the batch, in another order: to rounding. Everything else is the same bits.
+                // Sums over the batch, in another order, are equal up to rounding; all else bit for bit.
                 let sums = LossOutput {
                     loss: whole.loss,
                     dloss_dlambda_pos: whole.dloss_dlambda_pos,
@@ -93,7 +91,7 @@ fn parts_and_identity_through_the_c_abi_agree_with_the_truth() {
 #[test]
 fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
     let (rows, labels) = random_batch(62);
-    // The batch among the references, but rounded otherwise: no value tells.
+    // The batch is among the references, but rounded, so that it cannot be recognised by value.
     let (mut references, mut reference_labels) = random_batch(63);
     references
         .slice_mut(s![20..60, ..])
@@ -128,10 +126,10 @@ fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
 
 #[test]
 fn a_program_with_the_first_header_goes_on_working() {
-    // The structs as they were: what lies behind them is the program's own, and anything.
+    // The structs of the first header are shorter; the program's memory behind them may hold anything.
     let (rows, labels) = random_batch(64);
     let abi = Abi::open("cpu", 1, 0, Memory::Host);
-    // Holds the memory that its `rows` point to.
+    // Keeps the memory alive that `laid` points to.
     let held = abi.lay(&loss::Rows::new(rows.view(), &labels));
     let mut laid = held.rows;
     let mut result = empty_result();
@@ -174,7 +172,7 @@ fn recall_through_the_c_abi_is_that_of_the_library() {
     )
     .unwrap();
     let abi = Abi::open("cpu", 0, 5, Memory::Host);
-    // Out of order, twice the same, and one far beyond the number of rows.
+    // Out of order, with a repeated k and one far beyond the number of rows.
     let (recall, queries) = abi.recall(&abi.lay(&batch.anchors).rows, &[8, 1, 2, 1, usize::MAX]).unwrap();
     assert_eq!(queries, expected.queries as u64);
     assert_eq!(recall[..4], [8, 1, 2, 1].map(|k| expected.get(k).unwrap()));

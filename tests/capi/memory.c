@@ -1,8 +1,8 @@
-/* Exact memory: every buffer is as long as the header says and not a byte longer, so that AddressSanitizer sees an
- * access past it; the space between strided rows holds values that must survive; nothing is leaked. */
+/* Every buffer is exactly as long as the header says, so that AddressSanitizer sees an access past it; the space between
+* strided rows holds values that must survive; nothing is leaked. */
 #include "check.h"
 
-/* Rows spread out over `stride` floats each, the last one without the space behind it. */
+/* Copies packed rows to a new strided matrix; no space follows the last row. */
 static float *spread(const float *rows, size_t count, size_t stride, float gap) {
     size_t length = (count - 1) * stride + DIM;
     float *spread = malloc(length * sizeof *spread);

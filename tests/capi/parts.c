@@ -1,4 +1,4 @@
-/* A batch in parts, a context each, which tell each other what they found: row by row the bits of ddtas_loss. */
+/* A batch in parts, each with its own context, exchanges its numbers: every row gets the bits of ddtas_loss. */
 #include "check.h"
 
 enum { PARTS = 3 };
@@ -6,7 +6,7 @@ enum { PARTS = 3 };
 /* The second part has no rows. */
 static const size_t first_of[PARTS + 1] = {0, 23, 23, COUNT};
 
-/* What all parts found, in the order of the rows. */
+/* The numbers of all parts, in the order of the rows. */
 static float min_pos[COUNT], max_neg[COUNT], gradient[COUNT * DIM];
 static uint32_t count_pos[COUNT], count_neg[COUNT];
 
@@ -102,7 +102,7 @@ static void run(const ddtas_settings *settings) {
     CHECK(total_neg == whole.result.total_neg && active == whole.result.active);
     CHECK(mined_pos == whole.result.mined_pos && mined_neg == whole.result.mined_neg);
     CHECK(fabs(mean_neg / (double)total_neg - whole.result.mean_neg) < 1e-9);
-    /* Sums over the batch, in another order. */
+    /* Sums over the batch are added in another order. */
     CHECK(fabs(loss - whole.result.loss) <= 1e-6 * whole.result.loss);
     CHECK(fabs(parts_pos - pos) <= 1e-9 * fabs(pos) + 1e-12 && fabs(parts_neg - neg) <= 1e-9 * fabs(neg) + 1e-12);
 }

@@ -1,4 +1,4 @@
-/* Contexts in different threads share nothing; threads that share a context take turns. Both give every thread its own result. */
+/* Threads with a context each share nothing, threads that share a context take turns: each gets its own result. */
 #include "check.h"
 
 #include <pthread.h>
@@ -6,7 +6,7 @@
 enum { THREADS = 4, ROUNDS = 25 };
 
 typedef struct {
-    ddtas_context *context; /* NULL: one of its own */
+    ddtas_context *context; /* NULL: the thread creates its own */
     uint64_t seed;
     double expected;
     int wrong;
@@ -23,7 +23,7 @@ static void *run(void *argument) {
         return NULL;
     }
     for (int round = 0; round < ROUNDS; round++) {
-        /* Every third call fails: its message and its failure are nobody else's result. */
+        /* Every third call fails; the failure must not reach other threads. */
         f.view.dtype = round % 3 == 2 ? 9 : DDTAS_DTYPE_F32;
         ddtas_status status = ddtas_loss(context, NULL, &f.view, NULL, &f.result);
         ddtas_status want = round % 3 == 2 ? DDTAS_STATUS_INVALID_VALUE : DDTAS_STATUS_OK;

@@ -1,4 +1,4 @@
-/* A driver that computes nothing: it keeps account of contexts, and runs no kernel. For tests/driver.rs. */
+/* A fake CUDA driver for tests/driver.rs: it tracks contexts, counts calls and runs no kernel. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,13 +6,13 @@
 typedef int result;
 enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, ABSENT = 500, KERNELS = 256 };
 
-static char primary; /* the one GPU's context, by its address */
+static char primary; /* its address is the primary context of the only GPU */
 static _Thread_local void *current;
 static char *kernels[KERNELS];
 static int kernel_count, images;
-/* What a test sets and reads. */
+/* Set and read by tests. */
 int fake_major = 8, fake_failures, fake_retained, fake_launches, fake_overlapped;
-/* Allocations, waits, copies between host and GPU, look-ups of kernels and shares in the context. */
+/* Number of allocations, waits, copies between host and GPU, look-ups of kernels and retained contexts. */
 int fake_asked;
 
 static void ask(void) { __atomic_add_fetch(&fake_asked, 1, __ATOMIC_RELAXED); }
@@ -23,7 +23,7 @@ static result fail(result code) {
     __atomic_add_fetch(&fake_failures, 1, __ATOMIC_RELAXED);
     return code;
 }
-/* Calls that need the GPU's context in the calling thread. */
+/* The result of a call that needs the GPU's context to be current in the calling thread. */
 static result here(void) { return current == &primary ? OK : fail(INVALID_CONTEXT); }
 
 result cuInit(unsigned flags) { return flags ? fail(INVALID_VALUE) : OK; }
@@ -46,7 +46,7 @@ result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
 result cuStreamSynchronize(void *stream) { return ask(), (void)stream, here(); }
 result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
-/* A stream that is captured is one that a test has named so. */
+/* The stream that counts as captured, set by a test; null: none. */
 void *fake_captured;
 int fake_waits;
 result cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *number, void *graph, void *nodes, void *edges,
@@ -60,7 +60,7 @@ result cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
 }
 result cuEventCreate(void **event, unsigned flags) { return (void)flags, *event = &fake_waits, here(); }
 result cuEventRecord(void *event, void *stream) {
-    /* In a capture the event would be one of the graph. */
+    /* In a capture the event would become part of the graph. */
     if (fake_captured && stream == fake_captured)
         return fail(INVALID_VALUE);
     return event ? here() : fail(INVALID_VALUE);
@@ -87,7 +87,7 @@ result cuFuncGetName(const char **name, void *function) { return *name = functio
 result cuFuncSetAttribute(void *function, int attribute, int value) {
     return ask(), (void)function, (void)attribute, (void)value, here();
 }
-/* As the driver's header has them. */
+/* CUlaunchAttribute and CUlaunchConfig of cuda.h. */
 struct attribute {
     int id;
     char pad[4];
@@ -99,7 +99,7 @@ struct config {
     struct attribute *attributes;
     unsigned count;
 };
-/* Programmatic stream serialization: allowed from sm_90 on, the only attribute there is. */
+/* The only attribute accepted is programmatic stream serialization (6), from sm_90 on. */
 result cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
     (void)function, (void)parameters, (void)extra;
     fake_launches++;
@@ -112,7 +112,7 @@ result cuLaunchKernelEx(const struct config *config, void *function, void **para
     }
     return here();
 }
-/* All bits set: no row is bad. */
+/* All bits of new memory are set, which reads as "no row is bad". */
 result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     ask();
     void *memory = malloc(bytes);

@@ -1,4 +1,4 @@
-//! What gives the same bits: other schedules, calls and kernels, tiles stored or not.
+//! Results must be the same bits under other schedules, calls and kernels, and with tiles stored or not.
 
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
@@ -10,7 +10,7 @@ use super::{answers, bits, device, golden_case, random_rows};
 
 #[test]
 fn schedules_do_not_change_a_bit() {
-    // Whatever fits: which tiles are stored then depends on the schedule, and nothing else does.
+    // With a small budget the schedule decides which tiles are stored; nothing else may depend on it.
     for (name, budget) in
         [("odd_sizes_257x130", 1 << 30), ("odd_sizes_257x130", 40_000), ("hard_many_mined", 60_000)]
     {
@@ -58,7 +58,7 @@ fn a_second_call_in_the_same_workspace_gives_the_same_bits() {
 
 #[test]
 fn stored_and_recomputed_tiles_give_the_same_bits() {
-    // Dense enough for the tile way whatever is stored; the diagonal is recomputed as well.
+    // Dense enough that the gradient goes by tiles, stored or not; diagonal tiles are recomputed too.
     let case = golden_case("hard_many_mined");
     let full = answers(&mut *emulated::open(Options::default(), 6), &case);
     let options = Options { budget: 0, ..Options::default() };
@@ -67,14 +67,15 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
     assert_eq!(full.1, none.1);
 }
 
-/// A case of 16-bit rows that covers both widths of Hopper's product and tiles on and off the diagonal.
+/// A generated case with bf16 rows.
 fn narrow_case(name: &str) -> Case {
     cases::generated_case(name, ElementType::Bf16)
 }
 
-/// The kernels that these rows are given to, rounded and on Hopper as well: ThreadSanitizer's programme.
+/// Runs every kernel that takes rows of `dtype`, with and without Hopper's, f32 rows also rounded.
+/// ThreadSanitizer is run on these tests.
 fn run_every_kernel(dtype: ElementType) {
-    // Tiles, from candidates and recomputed; lists.
+    // `dense`: the gradient by tiles, stored and recomputed. `sparse`: by lists.
     let dense = cases::generated_case("rectangular_everything_mined", dtype);
     let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
     let sparse = sparse.expect("the case is clear of the thresholds in every type");
@@ -84,7 +85,7 @@ fn run_every_kernel(dtype: ElementType) {
             answers(&mut DeviceBackend::new(device(20, hopper), options), case)
         };
         if dtype == ElementType::F32 {
-            // Rounded, f32 is f16 once it is prepared.
+            // Rounded f32 rows are f16 once prepared: one case suffices.
             let options = Options { tf32: true, ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
         }
@@ -112,8 +113,8 @@ fn every_kernel_of_bf16_gives_the_same_bits_stored_or_not() {
 
 #[test]
 fn hopper_s_kernels_sum_in_the_order_of_the_others() {
-    // The emulated products of a warp and of a warpgroup round alike, so equal order is equal bits. All of
-    // these are dense enough for the tile way: lists are in the order of the sweep's threads.
+    // The emulated products of a warp and of a warpgroup round alike, so the same order gives the same bits.
+    // All cases go by tiles: the order of lists is that of the sweep's threads, which differ.
     for (name, budget) in [
         ("everything_mined_140x330", 1 << 30),
         ("odd_sizes_257x130", 0),

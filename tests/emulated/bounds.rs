@@ -1,4 +1,4 @@
-//! A million similarities at the bounds of mining, or beside them.
+//! A million pairs whose similarities lie at the bounds of mining or just beside them.
 
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
@@ -7,8 +7,8 @@ use ndarray::Array2;
 
 use super::{device, random_rows};
 
-/// Rows of 16 entries of about 1/4 with random signs, `jitter` units of the last place off, in classes of two: similarities are
-/// multiples of 1/8, or a few units of the last place beside them, and so are the bounds. `unit` is that of 1.
+/// Rows in classes of two, each of 16 entries ±1/4 that are off by up to `jitter` units in the last place
+/// (`unit`: the spacing at 1). Similarities and bounds are multiples of 1/8, or a few units beside one.
 fn rows_at_the_bounds(count: usize, jitter: i32, unit: f32) -> (Array2<f32>, Vec<i64>) {
     let mut state = 7u64;
     let rows = Array2::from_shape_simple_fn((count, 16), || {
@@ -22,16 +22,15 @@ fn rows_at_the_bounds(count: usize, jitter: i32, unit: f32) -> (Array2<f32>, Vec
 
 #[test]
 fn similarities_at_the_bounds_count_alike_in_all_passes() {
-    // A million pairs.
     const COUNT: usize = 1440;
     let settings = LossSettings { mining: Mining::Symmetric, gamma: 0.25, ..LossSettings::default() };
-    // As the bounds of the kernels.
+    // Computed as the kernels compute their bounds.
     let above = |value: f32, tolerance: f64| (f64::from(value) + tolerance) as f32;
     for jitter in [0, 3] {
         for (exact, hopper, seed) in
             [(true, false, 30), (true, true, 33), (false, false, 31), (false, true, 32)]
         {
-            // Rounding to f16 would leave nothing of units of f32's last place.
+            // Rounding to f16 would erase a jitter in f32's last place.
             let unit = if exact { f32::EPSILON } else { half::f16::EPSILON.to_f32() };
             let (rows, labels) = rows_at_the_bounds(COUNT, jitter, unit);
             let batch = Batch::square(rows.view(), &labels);
@@ -50,13 +49,13 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
             assert!(output.active > 1000, "{what}");
             for row in 0..COUNT {
                 let (low, high) = (min_pos[row], max_neg[row]);
-                // m+ of a class of two is one similarity, whichever of its rows asks.
+                // The two rows of a class have the same m+: the similarity of their pair.
                 assert_eq!(low.to_bits(), min_pos[row ^ 1].to_bits(), "{what}: row {row}");
-                // The same-class pass's similarity, held against the sweep's, is the selection's against it.
+                // The selection must count what m+ of the same-class pass and m- of the sweep imply.
                 assert_eq!(count_pos[row] == 1, low < above(high, 0.25), "{what}: row {row}");
                 assert_eq!(count_neg[row] > 0, high > above(low, -0.25), "{what}: row {row}");
             }
-            // Multiples of 1/8 are exact everywhere, and so is f16 of them.
+            // Without jitter all is exact in f32 and f16: the CPU must agree bit for bit.
             if jitter == 0 {
                 let mut cpu = LossOutput::default();
                 ddtas::backend::cpu::CpuBackend::new().loss(&batch, &settings, &mut cpu).unwrap();
@@ -64,11 +63,11 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
                 assert_eq!((cpu.min_pos, cpu.max_neg), (output.min_pos, output.max_neg), "{what}");
                 continue;
             }
-            // f16's sums have one order on Hopper and elsewhere.
+            // Products of f16 are summed in the same order with and without Hopper's kernels: once suffices.
             if !exact && !hopper {
                 continue;
             }
-            // S_ji in place of S_ij: rows and classes in reverse order.
+            // Rows and classes in reverse order: S_ji is computed in place of S_ij.
             let reverse = Array2::from_shape_fn((COUNT, 16), |(row, d)| rows[[COUNT - 1 - row, d]]);
             let (reversed, _) = answer(&reverse, 1 << 30);
             let back = |values: &[u32]| values.iter().rev().copied().collect::<Vec<_>>();
@@ -80,7 +79,7 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
                 reversed.min_pos.iter().rev().eq(min_pos) && reversed.max_neg.iter().rev().eq(max_neg),
                 "{what}"
             );
-            // Nothing stored: every pass multiplies anew.
+            // Budget 0: every pass computes the similarities again.
             let (recomputed, same) = answer(&rows, 0);
             assert!(recomputed.count_neg == *count_neg && recomputed.count_pos == *count_pos, "{what}");
             assert_eq!((sums, output.gradient), (same, recomputed.gradient), "{what}");

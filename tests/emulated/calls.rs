@@ -1,4 +1,4 @@
-//! What a backend asks of its calls, and what it keeps between them.
+//! The order of calls that a backend requires, and what it keeps between calls.
 
 use ddtas::Error;
 use ddtas::backend::device::{DeviceBackend, Options};
@@ -16,7 +16,7 @@ fn the_threshold_pass_needs_its_loss() {
     let error = backend.threshold_gradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
     assert!(matches!(error, Error::OutOfOrder(_)), "{error}");
 
-    // And the batch of its loss, as on the CPU.
+    // It also needs the batch of that loss, as on the CPU.
     let how = Draw { rows: 20, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 };
     let (rows, labels) = draw(how, 1);
     let batch = Batch::square(rows.view(), &labels);
@@ -55,7 +55,7 @@ fn a_gallery_is_prepared_once_for_several_sets_of_queries() {
         })
         .expect("the rows are valid");
     assert_eq!(together, apart);
-    // The gallery, and for each set its rows, its lists and what is best of them.
+    // One kernel prepares the gallery; each set of queries takes three: prepare, search, merge.
     assert_eq!(backend.device().launched().len() - launched, 7);
     let other = random_rows(3, 16, 1);
     let other = Rows::new(other.view(), &labels[..3]);

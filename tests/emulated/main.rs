@@ -1,4 +1,4 @@
-//! The CUDA kernels, executed on the CPU: the whole table of cases, and what only the emulation shows.
+//! The CUDA kernels executed on the CPU: the whole table of cases, and checks that only the emulation allows.
 //!
 //! With sanitizers, whose runtime must be loaded first:
 //! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
@@ -22,7 +22,7 @@ use ddtas::loss::{LossOutput, ThresholdGradient};
 use ddtas_cases::{self as cases, Case};
 use ndarray::Array2;
 
-/// An emulated GPU, perhaps Hopper.
+/// An emulated GPU; `hopper`: of that architecture.
 fn device(seed: u64, hopper: bool) -> EmulatedDevice {
     let device = EmulatedDevice::new(seed);
     if hopper { device.as_hopper() } else { device }
@@ -41,7 +41,7 @@ fn loss_of(backend: &mut dyn Backend, case: &Case) -> (LossOutput, ThresholdGrad
     (output, sums.expect("the case is valid"))
 }
 
-/// Everything a backend says of a case.
+/// Loss, threshold gradient and 3 nearest neighbours of a case.
 fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, ThresholdGradient, Nearest) {
     let (output, sums) = loss_of(backend, case);
     let batch = case.batch();
@@ -49,7 +49,7 @@ fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, ThresholdGrad
     (output, sums, nearest)
 }
 
-/// The bits of a loss, so that NaN equals NaN.
+/// All numbers of a loss as bits, so that NaN equals NaN.
 fn loss_bits(output: &LossOutput) -> Vec<u64> {
     let mut bits: Vec<u64> = [
         output.loss,
@@ -70,7 +70,7 @@ fn loss_bits(output: &LossOutput) -> Vec<u64> {
     bits
 }
 
-/// The bits of a loss and of neighbours.
+/// All numbers of a loss and of neighbours as bits.
 fn bits((output, _, nearest): &(LossOutput, ThresholdGradient, Nearest)) -> Vec<u64> {
     let mut bits = loss_bits(output);
     bits.extend(nearest.indices.iter().map(|&n| u64::from(n)));
@@ -78,7 +78,7 @@ fn bits((output, _, nearest): &(LossOutput, ThresholdGradient, Nearest)) -> Vec<
     bits
 }
 
-/// A backend for each part of a batch; `hopper`: with the kernels of that GPU.
+/// Opens a backend for each part of a batch. `hopper`: Hopper's kernels; `exact`: f32 rows are not rounded.
 fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
     move |part| {
         // The first part stores nothing.
@@ -90,7 +90,7 @@ fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> 
     }
 }
 
-/// `count` rows of `dim` random numbers, of unit length.
+/// `count` random rows of `dim` entries and unit length.
 fn random_rows(count: usize, dim: usize, seed: u64) -> Array2<f32> {
     let mut state = seed;
     let mut rows = Array2::from_shape_simple_fn((count, dim), || {

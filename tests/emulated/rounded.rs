@@ -10,7 +10,7 @@ use super::{answers, bits, device, parts_on};
 
 #[test]
 fn rounded_f32_gives_the_bits_of_f16_rows() {
-    // Granules whole or not, ignored rows, another side, copies; and every tile mined.
+    // Whole and partial granules, ignored rows, references, duplicates, and every tile mined.
     let names = ["a_tile_and_one", "rectangular_ignored_labels", "duplicates", "everything_mined_140x330"];
     for case in cases::generated_to_round().into_iter().filter(|case| names.contains(&case.name.as_str())) {
         let narrow = case.rounded_to(ElementType::F16).expect("rows of unit length");
@@ -23,7 +23,7 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
             let (rounded, given) = (answer(&case, false), answer(&narrow, true));
             let what = format!("{}, hopper {hopper}, budget {budget}", case.name);
             assert!((rounded.0, rounded.1) == (given.0, given.1), "{what}");
-            // The same kernels, but for that one.
+            // The same kernels are launched, except for the one that prepares the rows.
             let prepared = |name: &&'static str| name.replace("rounded_f32", "f16");
             let kernels: Vec<String> = rounded.2.iter().map(prepared).collect();
             assert_eq!(kernels, given.2, "{what}");
@@ -93,11 +93,12 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
                     let (u, g) = (rows.row(i).mapv(|x| x / length), of_unit.row(i).mapv(f64::from));
                     let want = (&g - &u * g.dot(&u)) / length * f64::from(scale);
                     for (got, want) in got.row(i).iter().zip(&want) {
+                        assert!(got.is_finite(), "{what}");
                         worst = worst.max((f64::from(*got) * f64::from(scale) - want).abs());
                         most = most.max(want.abs());
                     }
                 }
-                // The rows that the gradient is led back through are not rounded.
+                // The gradient goes back through the normalization of the rows before rounding.
                 assert!(most > 0.0 && worst <= 1e-6 * most, "{what}: {}", worst / most);
             }
         }

@@ -16,7 +16,7 @@ fn rows_of_any_length_agree_with_the_cpu() {
     {
         for dtype in ElementType::ALL {
             let case = cases::generated_case(name, dtype);
-            // Lengths from 1 to 4, or beyond what f32 squares hold where the type does.
+            // Lengths of 1 to 4 times `scale`: the squares of 1e28 overflow f32. f16 cannot hold 1e28.
             let scale = if dtype == ElementType::F16 { scale.min(3.0) } else { scale };
             let stretched = |rows: &cases::Matrix| {
                 let mut wide = rows.view().to_f64().mapv(|value| value as f32);
@@ -45,7 +45,7 @@ fn rows_of_any_length_agree_with_the_cpu() {
                     (DeviceBackend::new(device, Options::default()), LossOutput::default());
                 backend.normalized_loss(&batch, &case.settings, &mut output).unwrap();
                 let what = format!("{name}, {dtype:?}, hopper {hopper}");
-                // Unit rows may differ in the last bit, and 16-bit ones with it.
+                // The normalized rows may differ in the last bit of their type.
                 let bound = if dtype == ElementType::F32 { 1e-5 } else { 3e-2 };
                 assert!((output.loss - truth.loss).abs() <= bound * truth.loss, "{what}");
                 let pairs = [(&output.gradient, &truth.gradient)]
@@ -77,7 +77,7 @@ fn rows_without_a_direction_are_named_as_on_the_cpu() {
         let batch = Batch::square(rows.view(), &labels);
         let error = backend.normalized_loss(&batch, &settings, &mut output).unwrap_err();
         assert!(error.to_string().starts_with(message), "{error}");
-        // Trusted, it is computed; a row of zeros has no derivative.
+        // A trusted batch is computed; the gradient of a row of zeros is 0.
         backend.normalized_loss(&batch.trusted(), &settings, &mut output).unwrap();
         let own = output.gradient.row(70);
         assert!(if value == 0.0 { own.iter().all(|&g| g == 0.0) } else { own.iter().all(|g| g.is_nan()) });
@@ -117,7 +117,7 @@ fn bad_rows_are_named_in_the_caller_s_order() {
     let labels: Vec<i64> = (0..200).map(|row| 199 - row).collect();
     let mut output = LossOutput::default();
     let settings = LossSettings::default();
-    // Rounded rows are checked as they are given.
+    // Rows that will be rounded are checked before rounding.
     let mut backends = [(false, true), (false, false), (true, false)].map(|(hopper, exact)| {
         DeviceBackend::new(device(10, hopper), Options { tf32: !exact, ..Options::default() })
     });
@@ -129,10 +129,10 @@ fn bad_rows_are_named_in_the_caller_s_order() {
         assert!(messages.iter().all(|other| *other == messages[0]), "{messages:?}");
         messages[0].clone()
     };
-    // Longer than f16's numbers.
+    // Beyond the range of f16.
     rows[[199, 5]] = 1e6;
     assert!(message(&rows).starts_with("row 199 of the anchors has L2 norm 1000000"), "{}", message(&rows));
-    // Off by less than f16 rows may be, and by more than f32 rows may.
+    // Within the tolerance for f16 rows, beyond that for f32 rows.
     rows[[190, 0]] = (rows[[190, 0]].powi(2) + 2.2e-3).sqrt();
     assert!(message(&rows).starts_with("row 190 of the anchors has L2 norm 1.0010"), "{}", message(&rows));
     rows[[150, 3]] = f32::NAN;
@@ -142,7 +142,7 @@ fn bad_rows_are_named_in_the_caller_s_order() {
     let text = message(&rows);
     assert!(text.starts_with("row 20 of the anchors has L2 norm"), "{text}");
 
-    // The loss of nonsense is nonsense, but it is computed.
+    // Trusted, such rows may give any loss, but no error.
     let batch = Batch { check: UnitCheck::Trust, ..Batch::square(rows.view(), &labels) };
     for backend in &mut backends {
         backend.loss(&batch, &settings, &mut output).unwrap();
@@ -151,7 +151,7 @@ fn bad_rows_are_named_in_the_caller_s_order() {
 
 #[test]
 fn sums_of_rows_far_from_unit_length_saturate() {
-    // Similarities of 10^6 and more: a term alone exceeds what a row's sum holds.
+    // Similarities of 10^6 and more: a single term exceeds the range of a row's fixed-point sum.
     let rows = random_rows(150, 24, 4) * 3000.0;
     let labels: Vec<i64> = (0..150).map(|row| row / 3).collect();
     let mut output = LossOutput::default();

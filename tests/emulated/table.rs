@@ -27,7 +27,7 @@ fn every_type_and_form_agrees_on_hopper_s_kernels() {
     cases::run_all(&mut backend, cases::generated());
 }
 
-/// Case by case: all stored; nothing; tiles of few candidates.
+/// Each case agrees with the truth, and gives the same bits with all, no and some tiles stored.
 fn agree_on_hopper_stored_or_not(first_seed: u64, cases: impl Iterator<Item = Case>) {
     for (seed, case) in (first_seed..).zip(cases) {
         let backend = |budget| {
@@ -66,7 +66,7 @@ fn the_table_of_cases_agrees_in_parts() {
 
 #[test]
 fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
-    // Of f32 the forms; how it is multiplied is no part's matter.
+    // Of f32 only some cases: parts do not change how its products are computed.
     let some = |case: &Case| case.dtype() != ElementType::F32 || case.name.contains("everything_mined");
     parts::run_all(parts_on(70, true, true), cases::generated().into_iter().filter(some));
 }
@@ -85,7 +85,7 @@ fn golden_cases_agree_when_nothing_is_stored() {
 
 #[test]
 fn every_type_and_form_agrees_when_few_tiles_fit() {
-    // 7,500 candidates, for whichever tiles come first.
+    // Room for 7,500 candidates: those of the tiles that come first.
     let options = Options { budget: 60_000, ..Options::default() };
     cases::run_all(&mut *emulated::open(options, 4), cases::generated());
 }
@@ -97,7 +97,7 @@ fn small_batches_split_among_many_blocks_agree() {
     cases::run_all(&mut backend, [golden_case("odd_sizes_257x130")]);
 }
 
-/// 24 anchors against 47 tiles of references, whose parts of the gradient more than one block adds.
+/// 24 anchors against 47 tiles of references: so many splits that several blocks add up their gradients.
 #[test]
 fn parts_of_many_splits_are_added_in_two_steps() {
     let how = Draw { rows: 24, dim: 20, classes: 40, noise: 1.0, ignored: 0, duplicates: 0 };
@@ -128,8 +128,8 @@ fn parts_of_many_splits_are_added_in_two_steps() {
 
 #[test]
 fn weights_far_below_any_bound_keep_their_digits() {
-    // Terms of the loss are e^-20 and less, far from their lambdas: f16 would hold nothing of a weight that is scaled by what
-    // it could be at most.
+    // Similarities far from their lambdas give terms of e^-20 and less: scaled by its largest possible value,
+    // a weight would underflow f16.
     let Case { name, settings, anchors, .. } =
         cases::generated_case("everything_mined_140x330", ElementType::F32);
     let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
@@ -140,8 +140,8 @@ fn weights_far_below_any_bound_keep_their_digits() {
     }
 }
 
-/// Draws a batch of f32 rows by `seed`, of any shape and settings, on a device with any budget: it agrees, or a pair lies too
-/// near a threshold, which is false.
+/// Compares a batch of f32 rows with the truth; `seed` draws shape, settings, device and budget.
+/// Returns false if a pair lies too near a threshold.
 fn random_batch_agrees(seed: u64) -> bool {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut one_of = |choices: &[usize]| choices[rng.random_range(0..choices.len())];
@@ -171,7 +171,7 @@ fn random_batch_agrees(seed: u64) -> bool {
     let report = compare(&mut backend, &batch, &settings, seed);
     if let Some(report) = &report {
         let on = format!("against {against}, hopper {hopper}, budget {budget}");
-        // Not of the slopes alone: where every sigmoid is tiny, they are sums of few of its fixed-point digits.
+        // Without `slopes`: where every sigmoid is tiny, slopes are sums of few fixed-point digits.
         let error = [report.loss, report.gradient, report.thresholds, report.sums];
         let agrees = report.wrong_counts.is_empty() && error.iter().all(|&error| error <= SINGLE_PRECISION);
         assert!(agrees, "seed {seed}: {how:?}, {settings:?}, {on}: {report:#?}");

@@ -1,10 +1,9 @@
-// gradient.cpp: Hopper's product of the gradient, of a copy of kernels/, under many schedules,
-// against a double loop. tests/emulation plants faults in the copy. Prints what differs and
-// exits 1. Nine tiles of references, so that all buffers are filled again; two of them are
-// recomputed and one has no candidates. All numbers are small integers: every sum is exact.
-// Once in one split, which writes the caller's rows, here in reverse order, and once in two, which the later one adds.
-// Split rows have low parts of 1/256 of such integers, and weights low ones of 2^-12: products of two low parts, which no kernel
-// makes, are left out of the sums.
+// gradient.cpp: checks Hopper's gradient product in a copy of kernels/, under many schedules, against a double loop;
+// tests/emulation plants faults in the copy. Prints the first difference and exits 1.
+// There are nine tiles of references, so that every buffer is filled again; two tiles are recomputed and one has no candidates.
+// Every other seed uses two splits, of which the later adds both; rows are written in the caller's order, here the reverse.
+// All numbers are small integers, so every sum is exact. With split rows, low parts are such integers / 256 and weights have low
+// parts of 2^-12; the product of two low parts, which no kernel computes, is left out.
 
 #include <cstdio>
 #include <cstdlib>
@@ -20,8 +19,8 @@ constexpr uint32_t kRecomputed[] = {4, 6}, kEmpty = 3;  // tiles of references
 #ifndef PARTS
 #define PARTS 1
 #endif
-constexpr uint32_t parts = PARTS;  // 2: high and low ones, gradient_split.cpp
-uint32_t stride = 0;               // of this turn's rows
+constexpr uint32_t parts = PARTS;  // 2: rows are split into high and low parts (gradient_split.cpp)
+uint32_t stride = 0;               // of the rows that are checked now
 
 // Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
 size_t place(size_t row, size_t d, uint32_t part) {
@@ -29,7 +28,7 @@ size_t place(size_t row, size_t d, uint32_t part) {
     return row / TILE * TILE * stride * parts + (d / 64 * parts + part) * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
 }
 
-// A number in two parts; products are those of all but both low ones.
+// A number in two parts; its product leaves out low * low.
 struct Number {
     float high = 0.0f, low = 0.0f;
     float operator*(const Number &other) const { return high * other.high + (high * other.low + low * other.high); }
@@ -60,7 +59,7 @@ struct Rows {
     }
 };
 
-// What a pair of anchor i weighs.
+// Weight of each mined pair of anchor i.
 float weight_of(uint32_t i) {
     auto whole = static_cast<float>(i % 3 + 1);
     return parts == 1 ? whole : whole * (1.0f + 1.0f / 4096.0f);
@@ -68,7 +67,7 @@ float weight_of(uint32_t i) {
 
 int check(uint64_t seeds) {
     Rows anchors(kAnchors, 1), references(kReferences, 2);
-    // No pair is of one class, alpha 0 makes every sigmoid 1/2, and a pair is mined above a bound.
+    // Every pair is negative and mined above `bound`; alpha 0 makes every sigmoid 1/2.
     const float bound = 40.5f;
     std::vector<ClassRange> classes(kAnchors, ClassRange{1, 0});
     std::vector<RowWeights> weights(TILE);
@@ -149,7 +148,7 @@ int check(uint64_t seeds) {
 
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-    // The wide product, and the narrow one, whose recomputed tiles do not fill all stages.
+    // The wide product, and the narrow one, with recomputed tiles that do not fill all stages.
     for (uint32_t width : {192u, 128u}) {
         stride = width;
         if (int failed = check(seeds)) return failed;

@@ -1,26 +1,26 @@
-//! Faults in the gradient on Hopper, whose warps have roles: each gives wrong sums, stops, or breaks a barrier's count.
+//! Faults in Hopper's gradient, whose warps have roles: wrong sums, hangs and broken counts of barriers.
 
 use super::{Fault, assert_caught, run_faulty};
 
-/// What the gradient's product on Hopper says with a fault in it.
+/// Output of Hopper's gradient product with a fault.
 fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
     run_faulty_hopper_by(&[Fault { file, from, to }])
 }
 
-/// The same with several that are one.
+/// As [`run_faulty_hopper`], for a fault that needs several replacements.
 fn run_faulty_hopper_by(faults: &[Fault]) -> String {
     run_faulty("gradient", &["gradient_hopper.cu"], faults, &[])
 }
 
-/// What the same of exact f32 says with a fault in it.
+/// Output of Hopper's gradient product of exact f32 with a fault.
 fn run_faulty_split(file: &'static str, from: &'static str, to: &'static str) -> String {
     run_faulty("gradient_split", &["gradient_hopper_f32.cu"], &[Fault { file, from, to }], &[])
 }
 
-/// Where the gradient on Hopper waits for the rows that a bulk copy brings.
+/// Source text: the wait for the rows of a bulk copy.
 const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));\n            warp_sync();\n            unsigned char *matrix";
 
-/// Where the warp that copies waits for a stage of the gradient on Hopper.
+/// Source text: the copying warp's wait for an empty stage.
 const ACQUIRED: &str =
     "if (fill >= stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - stages));";
 
@@ -66,7 +66,7 @@ fn products_without_a_wgmma_fence_are_caught() {
 
 #[test]
 fn a_wait_that_may_come_two_phases_late_is_caught() {
-    // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
+    // The stage is filled again just before the wait: a warp delayed between the two finds a phase too late.
     let message = run_faulty_split(
         "gradient_hopper_f32.cu",
         "walk.rows_fills - 1 : RolesF32::stages - 1;",
@@ -77,7 +77,7 @@ fn a_wait_that_may_come_two_phases_late_is_caught() {
 
 #[test]
 fn writing_over_what_a_product_reads_is_caught() {
-    // M is given back before its product is through.
+    // M is released before its product is done.
     let wait = "wgmma_wait<1>();  // the previous product is done, this one is running";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
@@ -96,7 +96,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    // One matrix fewer: zeros are written while the product before the last reads it.
+    // One matrix fewer: zeros are written to a matrix that the product before the last still reads.
     let file = "hopper_roles.cuh";
     assert_caught(&run_faulty_hopper_by(&[
         Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
@@ -108,12 +108,12 @@ fn filling_a_matrix_before_it_is_given_back_is_caught() {
 fn faults_in_the_gradient_of_split_rows_are_caught() {
     let own = "gradient_hopper_f32.cu";
     let faults = [
-        // Stages are given back before the product that reads them is through.
+        // Stages are released before the product that reads them is done.
         (own, "wgmma_wait<1>();  // the previous product is done, this one is running"),
-        // Stages, and then a matrix, are filled again before they are given back.
+        // Stages, and in the next fault a matrix, are filled again before they are released.
         ("hopper_roles.cuh", ACQUIRED),
         (own, "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));"),
-        // Weights are stored before the zeros are there, and products read before bulk copies have.
+        // Weights are stored before the zeros; a product reads M before it is built.
         (own, "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());"),
         (own, "mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());"),
     ];
@@ -124,8 +124,8 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
 
 #[test]
 fn a_wait_by_parity_alone_is_caught() {
-    // One barrier for both halves of a recomputed tile: the phase that is waited for may be over twice
-    // before somebody looks, and its parity then says that it is still to come.
+    // One barrier for both halves of a recomputed tile: two phases may end before a waiter looks at it,
+    // and the parity then says that the first has not ended.
     let message = run_faulty_hopper_by(&[
         Fault {
             file: "gradient_hopper.cu",
@@ -202,7 +202,7 @@ fn a_wrong_swizzle_is_caught() {
     let place = "swizzled(row, byte % STAGE_BYTES / 16)";
     let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row ^ 1, byte % STAGE_BYTES / 16)");
     assert!(message.contains("want"), "{message}");
-    // The last matrix's last row goes where the barriers are.
+    // The last row of the last matrix is written over the barriers.
     let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
     assert!(message.contains("somebody has written over a barrier"), "{message}");
 }

@@ -1,3 +1,3 @@
-// gradient_split.cpp: gradient.cpp of f32 to its own precision, rows and weights in two parts.
+// gradient_split.cpp: gradient.cpp for exact f32, with rows and weights in two parts.
 #define PARTS 2
 #include "gradient.cpp"

@@ -1,5 +1,5 @@
-// instructions.cpp: the host path of the tensor-core wrappers of device.cuh against plain products.
-// The fragments' places are written down here once more, from the PTX manual's figures.
+// instructions.cpp: checks the host path of the tensor-core wrappers of device.cuh against plain products.
+// The fragment layouts are written down here independently, from the figures of the PTX manual.
 
 #include <cstdio>
 #include <vector>
@@ -9,8 +9,8 @@
 struct GroupCheckParams {
     const float *a;  // [128, 64]
     const float *b;  // [256, 64]: columns, inner dimension
-    float *c;        // [2, 128, 128]: bf16, f16; of the first 128 columns
-    float *wide;     // [2, 128, 256]: the same of all columns, from a transposed operand
+    float *c;        // [2, 128, 128]: bf16, f16; products with the first 128 columns
+    float *wide;     // [2, 128, 256]: products with all columns, from transposed operands
 };
 
 struct CheckParams {
@@ -28,14 +28,14 @@ uint32_t pair(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(
 
 KERNEL(check_instructions, CheckParams, 1) {
     SHARED_MEMORY(bytes);
-    auto *matrices = reinterpret_cast<uint16_t *>(bytes);  // [4, 8, 8], element = place
+    auto *matrices = reinterpret_cast<uint16_t *>(bytes);  // [4, 8, 8], each element is its own index
     matrices[thread_index()] = static_cast<uint16_t>(thread_index());
     block_sync();
     if (warp_index() != 0) return;
     uint32_t lane = lane_index(), group = lane >> 2, member = lane & 3;
     auto a = [&](uint32_t row, uint32_t k) { return p.a[row * 16 + k]; };
     auto b = [&](uint32_t k, uint32_t column) { return p.b[k * 8 + column]; };
-    // Registers of A: rows group and group + 8, then the second half of k; pairs of k for 16 bits.
+    // Registers of A: rows `group` and `group` + 8, then both again for the second half of k; a register holds two k.
     uint32_t wide_a[2][4], wide_b[2][2];
     for (uint32_t r = 0; r < 4; ++r) {
         uint32_t row = group + (r & 1 ? 8 : 0), k = member * 2 + (r & 2 ? 8 : 0);
@@ -62,7 +62,7 @@ KERNEL(check_instructions, CheckParams, 1) {
     for (uint32_t i = 0; i < 4; ++i) p.rows[128 + lane * 4 + i] = loaded[i];
 }
 
-// Sums of this thread, to their places in [128, columns].
+// Stores the sums of this thread to their places in [128, columns].
 template <int n>
 DEVICE void store_sums(float *c, const float (&sums)[n][4]) {
     for (uint32_t i = 0; i < n * 4; ++i) {
@@ -72,8 +72,8 @@ DEVICE void store_sums(float *c, const float (&sums)[n][4]) {
     }
 }
 
-// Both warpgroups, 64 rows each, the whole depth of a stage: descriptors, swizzle, deferred products.
-// Both once as rows of 64 of the inner dimension, once transposed: panels of 64 columns.
+// Checks descriptors, swizzle and deferred products: two warpgroups, 64 rows each, over the whole depth of a stage. Both operands
+// are stored twice: as rows of 64 inner dimensions, and transposed as panels of 64 columns.
 KERNEL(check_group_products, GroupCheckParams, 1) {
     SHARED_MEMORY(bytes);
     constexpr uint32_t columns = 2 * TILE, inner = 64, panel_bytes = inner * STAGE_BYTES;
@@ -121,7 +121,7 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
     }
 }
 
-// Differences of the warpgroup's products from plain ones.
+// Number of warpgroup products that differ from plain ones.
 int check_group_products() {
     std::vector<float> a(TILE * 64), b(2 * TILE * 64), c(2 * TILE * TILE, -1.0f), wide(2 * TILE * 2 * TILE, -1.0f);
     for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
@@ -146,7 +146,7 @@ int check_group_products() {
 }
 
 int main() {
-    // Small integers: exact in every type, every sum exact.
+    // Small integers are exact in every type, and so is every sum.
     std::vector<float> a(16 * 16), b(16 * 8), c(2 * 128, -1.0f);
     std::vector<uint32_t> rows(256);
     for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 7 % 13 - 6);
@@ -169,7 +169,7 @@ int main() {
     }
     for (uint32_t lane = 0; lane < 32; ++lane) {
         for (uint32_t m = 0; m < 4; ++m) {
-            // Lane l holds the pair at (l / 4, 2 (l % 4)); transposed, the one below each other at (2 (l % 4), l / 4).
+            // Lane l holds the horizontal pair from (l / 4, 2 (l % 4)); transposed, the vertical pair from (2 (l % 4), l / 4).
             uint32_t row = lane / 4, column = lane % 4 * 2;
             uint32_t straight = pair(static_cast<uint16_t>(m * 64 + row * 8 + column), static_cast<uint16_t>(m * 64 + row * 8 + column + 1));
             uint32_t turned = pair(static_cast<uint16_t>(m * 64 + column * 8 + row), static_cast<uint16_t>(m * 64 + (column + 1) * 8 + row));

@@ -1,14 +1,14 @@
-//! The emulation itself: what its instructions compute, and that it catches faults.
+//! Tests of the emulation itself: its instructions compute the right values, and it catches faults.
 //!
-//! Each test compiles a copy of `kernels/` with g++, the faulty ones with a fault
-//! planted in the pipeline that all passes share, or in Hopper's, and runs it under many schedules.
+//! Each test compiles a copy of `kernels/` with g++, most with a fault planted by replacing source text,
+//! and runs it under many schedules.
 //!
 //! | file | where the faults are |
 //! | --- | --- |
 //! | `gradient.rs` | the gradient on Hopper |
 //! | `sweep.rs` | Hopper's sweep, teams and preparation of rows |
 //! | `retrieval.rs` | the pipeline of `mma.sync`, lists of retrieval |
-//! | `races.rs` | anywhere: races |
+//! | `races.rs` | races in any of these kernels and in the class order |
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
@@ -23,14 +23,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
 
-/// A text of a file of kernels/ and what a fault makes of it.
+/// A fault: in `file`, a file of kernels/, the text `from` is replaced by `to`.
 struct Fault {
     file: &'static str,
     from: &'static str,
     to: &'static str,
 }
 
-/// Schedules that each program runs under, and one that a sanitizer slows down.
+/// Number of schedules of each program, and of one that a sanitizer slows down.
 const SEEDS: &str = "48";
 const SANITIZED_SEEDS: &str = "8";
 
@@ -47,7 +47,7 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// The file of this name in a folder or in one of its subfolders.
+/// The file of this name in a subfolder of a folder.
 fn found(folder: &Path, name: &str) -> PathBuf {
     let folders =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
@@ -66,18 +66,18 @@ fn compile(mut compiler: Command) {
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
 }
 
-/// The object files of the machine for programs of these flags, compiled once for all tests: no fault is planted in it.
+/// The object files of the emulated machine for these flags, compiled once for all tests, without faults.
 fn machine(flags: &[&str]) -> Vec<PathBuf> {
     static COMPILED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("machine{}", flags.concat()));
     let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
-    // A test that failed here has said why, and the next one tries again.
+    // A test that failed to compile it has reported why; the next one tries again.
     let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
     if !compiled.contains(&folder) {
         fs::create_dir_all(&folder).unwrap();
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emulation");
         let mut machine = compiler(&folder);
-        // It is not watched for races, but says what orders the kernels' threads: races.h.
+        // ThreadSanitizer does not watch the machine, which tells it how threads are ordered: races.h.
         machine.args(if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags });
         machine
             .args(["-O2", "-march=native", "-c"])
@@ -117,7 +117,7 @@ fn run<'a>(
     program.output().unwrap()
 }
 
-/// What the program says with these faults, with which it must fail.
+/// Output of the program with these faults, which must make it fail.
 fn run_faulty(program: &str, kernels: &[&str], faults: &[Fault], flags: &[&str]) -> String {
     let output = run(program, kernels, faults, flags);
     let planted: Vec<_> = faults.iter().map(|fault| fault.from).collect();
@@ -131,11 +131,11 @@ fn said(output: &Output) -> String {
 
 const THREADS: &[&str] = &["-fsanitize=thread"];
 
-/// The barrier of the pipeline; its comment makes the text unique.
+/// Source text: the barrier of the pipeline; its comment makes it unique.
 const BARRIER: &str =
     "block_sync();  // all threads' copies of this stage are complete, and the previous stage has been read";
 
-/// The faults that a pipeline of roles invites: each gives wrong sums, stops, or breaks a barrier's count.
+/// Asserts that `message` reports wrong sums, a missing fence or wait, a hang, or a barrier's broken count.
 fn assert_caught(message: &str) {
     let signs = [
         "want",

@@ -1,7 +1,5 @@
-// order.cpp: the class order of a copy of kernels/ under many schedules, against a stable sort: of one tile, of several,
-// and of more than one launch merges.
-// tests/emulation plants a fault in the copy: blocks that count without an atomic instruction,
-// which the emulation's blocks, one after the other, get right. Prints what differs and exits 1.
+// order.cpp: checks the class order of a copy of kernels/, under many schedules, against a stable sort: of one tile, of several,
+// and of more than one launch merges. tests/emulation plants a race in the copy. Prints the difference and exits 1.
 
 #include <algorithm>
 #include <cstdio>
@@ -68,11 +66,11 @@ int main(int argc, char **argv) {
     for (uint32_t count : {1u, 130u, 2048u, 5000u}) {
         if (int failed = check(count, seeds)) return failed;
     }
-    // The largest labels that are compared as f32, then larger ones, which f32 does not tell apart.
+    // The largest labels that are compared as f32, then larger ones, which f32 cannot tell apart.
     for (int64_t largest : {(int64_t{1} << 23) - 1, int64_t{1} << 23, int64_t{1} << 62}) {
         if (int failed = check(2000, 1, largest)) return failed;
     }
-    // Wide tiles: one merge, and two.
+    // Wide tiles: with one merge, then with two.
     if (int failed = check(ORDER_TILE * ORDER_RUNS + 3000, 1)) return failed;
     return check(ORDER_WIDE_TILE * ORDER_RUNS + 3000, 1);
 }

@@ -1,6 +1,6 @@
-// prepare.cpp: rows in two parts, prepared and multiplied by Hopper's kernel of a copy of kernels/, under many schedules:
-// the product comes from global memory, where the kernel's own threads have written what bulk copies then read.
-// tests/emulation plants faults in the copy. Prints what differs and exits 1. Entries are small integers: every sum is exact.
+// prepare.cpp: checks Hopper's preparation of split rows in a copy of kernels/, under many schedules. The kernel writes the rows
+// to global memory and reads them back by bulk copies for the products of rows with themselves, which are checked.
+// tests/emulation plants faults in the copy. Prints the first difference and exits 1. Small integers keep every sum exact.
 
 #include <cstdio>
 #include <cstdlib>

@@ -1,8 +1,8 @@
-//! Races, which ThreadSanitizer names: each thread of a block is a thread.
+//! Races found by ThreadSanitizer, to which each thread of a block is a thread.
 
 use super::{BARRIER, Fault, THREADS, run, run_faulty, said};
 
-/// What ThreadSanitizer says of a kernel with a fault in it.
+/// ThreadSanitizer's output for a kernel with a fault.
 fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
     let kernel = match program {
         "order" => "order.cu",
@@ -39,7 +39,7 @@ fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
 
 #[test]
 fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
-    // Blocks of the emulation run one after the other: the count is right all the same.
+    // The emulation runs blocks one after the other, so the count itself stays right.
     let message = run_racing("order", "order.cu", "atomic_add(p.valid, in_run);", "*p.valid += in_run;");
     assert!(message.contains("data race") && message.contains("order.cu"), "{message}");
 }
@@ -53,7 +53,7 @@ fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
 
 #[test]
 fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
-    // M is built again without waiting for what else its builders wrote and read.
+    // A part of M is built without waiting for the recomputed values that it needs.
     let wait = "mbarrier_wait(&my.shared.values_ready[part], work.recomputed % 2);";
     let message = run_racing("gradient", "hopper_roles.cuh", wait, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
@@ -61,7 +61,7 @@ fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
 
 #[test]
 fn an_asynchronous_copy_that_races_is_named_by_the_thread_sanitizer() {
-    // Neither the copy nor what reads it is an access of compiled code: the emulation tells of both.
+    // Neither the copy nor its reader is compiled code: the emulation reports both to ThreadSanitizer.
     let message = run_racing("retrieval", "mma_tile.cuh", BARRIER, "");
     assert!(message.contains("data race") && message.contains("mma_tile.cuh"), "{message}");
 }

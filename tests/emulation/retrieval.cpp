@@ -1,6 +1,6 @@
-// retrieval.cpp: the retrieval kernels of a copy of kernels/ under many schedules, against a
-// double loop. tests/emulation plants faults in the copy. Prints what differs and exits 1.
-// The pipeline of mma_tile.cuh, which all passes share, is what the faults are planted in.
+// retrieval.cpp: checks the retrieval kernels of a copy of kernels/, under many schedules, against a double loop.
+// tests/emulation plants faults in the copy, also in mma_tile.cuh's pipeline, which all passes share. Prints the first difference
+// and exits 1.
 
 #include <algorithm>
 #include <cstdio>
@@ -22,7 +22,7 @@ size_t place(size_t row, size_t d) {
     return row / TILE * TILE * kStride + d / 64 * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
 }
 
-// Rows of small integers: every sum is exact, in any order, and f16 holds them.
+// Rows of small integers: exact in f16, and every sum is exact in any order.
 std::vector<float> rows(uint32_t count, uint32_t seed) {
     std::vector<float> values(static_cast<size_t>(tiles(count)) * TILE * kStride, 0.0f);
     for (size_t i = 0; i < static_cast<size_t>(count) * kStride; ++i) {
@@ -38,13 +38,12 @@ std::vector<uint16_t> in_f16(const std::vector<float> &values) {
     return narrow;
 }
 
-// A search by one kernel.
 struct Search {
     const char *name;
     uint32_t threads, shared_bytes, splits, k, kept, leave_self_out;
 };
 
-// Whether a double loop finds the same.
+// Whether a double loop finds the same neighbours.
 bool agrees(const Search &search, uint64_t seed, const std::vector<float> &queries, const std::vector<float> &references,
             const std::vector<uint32_t> &indices, const std::vector<float> &similarities) {
     for (uint32_t q = 0; q < kQueries; ++q) {
@@ -76,7 +75,7 @@ int main(int argc, char **argv) {
     const uint32_t capacity = 512;
     std::vector<float> queries = rows(kQueries, 1), references = rows(kReferences, 2);
     std::vector<uint16_t> narrow_queries = in_f16(queries), narrow_references = in_f16(references);
-    // Lists that a bound keeps short, and such as are cut.
+    // Lists that a bound keeps short (k = 5), and lists that are cut (k = 70).
     const Search searches[] = {
         {"retrieval_f16", THREADS, SHARING_STAGES_BYTES, 1, 5, 10, 0},
         {"retrieval_f16", THREADS, SHARING_STAGES_BYTES, 2, 70, 91, 1},

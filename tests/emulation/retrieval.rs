@@ -2,7 +2,7 @@
 
 use super::{BARRIER, Fault, run_faulty};
 
-/// What retrieval says with a fault in the pipeline.
+/// Output of retrieval with a fault in the pipeline.
 fn run_faulty_tile(from: &'static str, to: &'static str, flags: &[&str]) -> String {
     run_faulty("retrieval", &["retrieval.cu"], &[Fault { file: "mma_tile.cuh", from, to }], flags)
 }
@@ -15,7 +15,7 @@ fn a_missing_barrier_is_caught() {
 
 #[test]
 fn reading_before_the_wait_is_caught() {
-    // The newest stage may be under way, the one that is read must not.
+    // The newest stage may still be in flight, but not the one that is read.
     let message =
         run_faulty_tile("cp_async_wait<stage_count - 2>()", "cp_async_wait<stage_count - 1>()", &[]);
     assert!(message.contains("want"), "{message}");
@@ -42,10 +42,10 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
 #[test]
 fn faults_in_the_lists_of_retrieval_are_caught() {
     let faults = [
-        // Keys are read before the pairs before are in order, or before all are there.
+        // Keys are read before the previous pairs are in order, or before all keys are written.
         ("retrieval.cu", "            block_sync();  // the pairs are in order", ""),
         ("retrieval.cu", "block_sync();  // all keys are written", ""),
-        // Two warps, and two teams, append to one list.
+        // Two warps, in the next fault two teams, append to one list.
         ("retrieval.cu", "lists(p, warp_index() % 2);", "lists(p, 0);"),
         ("retrieval_hopper.cu", "lists(p, team.team);", "lists(p, 0);"),
     ];

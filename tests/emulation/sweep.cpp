@@ -1,8 +1,9 @@
-// sweep.cpp: Hopper's sweep, of a copy of kernels/, under many schedules, against a double loop. tests/emulation plants
-// faults in the copy. Prints what differs and exits 1. Five row tiles, the last of ignored rows alone, walked by two
-// blocks, so that both teams' stages, the row tile and the staged values are filled again and again; one tile has more
-// candidates than are staged at once, and the pool has no room for all. First the order of the tiles. All numbers are small integers: every sum is exact.
-// Of split rows the low parts are 1/256 of such: products of two of them, which no kernel makes, are left out of the sums.
+// sweep.cpp: checks the order of tiles, then Hopper's sweep in a copy of kernels/, under many schedules, against a double loop.
+// tests/emulation plants faults in the copy. Prints the first difference and exits 1.
+// Two blocks walk five row tiles, the last of ignored rows only, so that both teams' stages, the row tile and the staged values
+// are filled many times; one tile has more candidates than are staged at once, and in half of the runs the pool is too small.
+// All numbers are small integers, so every sum is exact. With split rows, low parts are such integers / 256; the product of two
+// low parts, which no kernel computes, is left out.
 
 #include <algorithm>
 #include <cstdio>
@@ -17,7 +18,7 @@ namespace {
 constexpr uint32_t kRows = 5 * TILE - 40, kValid = 4 * TILE - 30, kTiles = 5, kClass = 5;
 constexpr uint32_t kAll = kTiles * (kTiles + 1) / 2, kCapacity = TILE * TILE, kBand = 2;
 
-uint32_t stride = 0, parts = 1;  // of this turn's rows; 2: high and low ones
+uint32_t stride = 0, parts = 1;  // of the rows that are checked now; 2 parts: high and low
 
 // Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
 size_t place(size_t row, size_t d, uint32_t part) {
@@ -31,7 +32,7 @@ struct Want {
     uint64_t probe = 0;
 };
 
-// Candidates in the order of the threads and of each one's bits.
+// The expected result: candidates in the order of threads, and of bits within a thread.
 Want expect(const std::vector<float> &s, const Pairs &pairs) {
     Want want;
     want.max_neg.assign(kRows, 0);
@@ -77,7 +78,7 @@ int check(uint64_t seeds) {
     uint32_t random = 1;
     for (uint32_t part = 0; part < 2; ++part) {
         rows[part].assign(size_t{kRows} * stride, 0.0f);
-        if (part == parts) break;  // there are no low ones
+        if (part == parts) break;  // there are no low parts
         for (size_t i = 0; i < rows[part].size(); ++i) {
             random = random * 1664525u + 1013904223u;
             float value = static_cast<float>(static_cast<int>(random >> 29) - 4);  // -4 to 3
@@ -102,7 +103,7 @@ int check(uint64_t seeds) {
     for (uint32_t i = 0; i < kValid; ++i) {
         uint32_t begin = i / kClass * kClass;
         classes[i] = ClassRange{begin, std::min(begin + kClass, kValid)};
-        // Few candidates, but for the second row tile.
+        // Few candidates, except in the second row tile.
         same[i].min_pos = static_cast<float>(i / TILE == 1 ? stride / 4 : stride + i % 50);
     }
     for (uint64_t seed = 0; seed < seeds; ++seed) {
@@ -122,13 +123,13 @@ int check(uint64_t seeds) {
         pairs.counters = &counters;
         pairs.tile_counts = counts.data();
         pairs.tile_segments = segments.data();
-        // The probe's bound is the candidates', or another.
+        // The probe's bound equals the candidates' in every other run.
         pairs.settings.candidate = 0.5;
         pairs.settings.probe = seed % 2 ? 0.5 : -4.5;
         Want want = expect(s, pairs);
         uint64_t asked = 0;
         for (uint32_t count : want.counts) asked += count == 0 ? 0 : (std::max<uint32_t>(count, TILE_MASK_WORDS) + 3) / 4;
-        // All of it, or half.
+        // Room for all candidates, or for half of them.
         pairs.pool = static_cast<uint32_t>(seed % 4 < 2 ? asked : asked / 2);
         std::vector<uint32_t> words(size_t{pairs.pool} * 4, 77);
         std::vector<float> values(words.size(), -1.0f);
@@ -171,7 +172,7 @@ int check(uint64_t seeds) {
     return 0;
 }
 
-// Every tile once, by place and by steps, whatever the band.
+// tile_at() and next_tile() must visit every tile once, in the same order, whatever the band.
 int check_order() {
     for (uint32_t square : {0u, 1u}) {
         for (uint32_t band : {1u, 2u, 4u, 8u, 16u}) {
@@ -204,12 +205,12 @@ int check_order() {
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
     if (int failed = check_order()) return failed;
-    // A row tile that stays, of fewer stages than there are and of more; and one that does not fit.
+    // Row tiles that stay in shared memory, of fewer and of more stages than the ring has; then one that does not fit.
     for (uint32_t width : {192u, 320u, 576u}) {
         stride = width;
         if (int failed = check(width > 512 ? (seeds + 3) / 4 : seeds)) return failed;
     }
-    // Split rows: of one chunk, whose stages are fewer than there are, of more, and too wide to stay.
+    // Split rows of one k block, which takes fewer stages than the ring has; of more; and too wide to stay.
     parts = 2;
     for (uint32_t width : {64u, 192u, 576u}) {
         stride = width;

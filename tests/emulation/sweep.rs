@@ -1,8 +1,8 @@
-//! Faults in Hopper's sweep, in the teams that it shares with retrieval, and in the preparation of rows.
+//! Faults in Hopper's sweep, in the teams' pipeline that retrieval shares, and in the preparation of rows.
 
 use super::{Fault, assert_caught, run_faulty};
 
-/// What Hopper's sweep says with a fault in one of its files.
+/// Output of Hopper's sweep with a fault in `file`.
 fn run_faulty_sweep_of(file: &'static str, from: &'static str, to: &'static str) -> String {
     run_faulty("sweep", &["sweep_hopper.cu"], &[Fault { file, from, to }], &[])
 }
@@ -11,19 +11,19 @@ fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
     run_faulty_sweep_of("sweep_hopper.cu", from, to)
 }
 
-/// What Hopper's preparation of rows in two parts says with a fault in it.
+/// Output of Hopper's preparation of split rows with a fault.
 fn run_faulty_prepare(file: &'static str, from: &'static str, to: &'static str) -> String {
     run_faulty("prepare", &["prepare.cu"], &[Fault { file, from, to }], &[])
 }
 
-/// In what it shares with retrieval.
+/// Output of Hopper's sweep with a fault in the pipeline that retrieval shares.
 fn run_faulty_team(from: &'static str, to: &'static str) -> String {
     run_faulty_sweep_of("ping_pong.cuh", from, to)
 }
 
 #[test]
 fn a_team_that_waits_by_parity_alone_is_caught() {
-    // It takes the phase before the other team's for its own stage's.
+    // Without its turn, the team takes an earlier phase of a stage for the one that it waits for.
     let turn = "if (walk.tiles_before > 0) mbarrier_wait(&shared.order[team]";
     assert_caught(&run_faulty_team(turn, "if (false) mbarrier_wait(&shared.order[team]"));
 }
@@ -33,17 +33,17 @@ fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
     let release = "is running\n                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);";
     let early = "is running\n                arrive_as_warp(&shared.empty[stage]);";
     assert_caught(&run_faulty_team(release, early));
-    // All of them, but before the products that read them are through.
+    // All stages are released before the products that read them are done.
     let wait = "wgmma_wait<1>();  // the previous product is done, this one is running";
     assert_caught(&run_faulty_team(wait, ""));
 }
 
 #[test]
 fn a_row_tile_that_is_overwritten_is_caught() {
-    // Of fewer parts than there are stages: products may still read it.
+    // A row tile with fewer parts than there are stages: products may still read it.
     let wait = "back <= filled; ++back) wait_until_empty(filled - back);";
     assert_caught(&run_faulty_team(wait, "false; ++back) wait_until_empty(filled - back);"));
-    // A stage, and with it a part of the row tile.
+    // A stage is filled again, and with it a part of the row tile.
     let wait = "if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);";
     assert_caught(&run_faulty_team(wait, ""));
 }
@@ -54,7 +54,7 @@ fn stages_of_split_rows_that_are_overwritten_are_caught() {
     assert_caught(&run_faulty_team(wait, "false; ++back) wait_until_empty(stages.fill - back);"));
     let wait = "if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);";
     assert_caught(&run_faulty_team(wait, ""));
-    // The rows' low parts are read by the products that the columns' high ones wait for.
+    // Releases the columns' high parts, which products still read, in place of the rows' low parts.
     let release = "arrive_as_warp(&shared.empty[low_rows]);";
     assert_caught(&run_faulty_team(release, "arrive_as_warp(&shared.empty[high_columns]);"));
 }
@@ -63,7 +63,7 @@ fn stages_of_split_rows_that_are_overwritten_are_caught() {
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
     let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
     assert_caught(&run_faulty_sweep(wait, ""));
-    // The team waits, but for a store that may still be reading.
+    // The team waits, but the store that it waits for may still be reading.
     let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
     assert_caught(&run_faulty_sweep(read, "}\n        mbarrier_arrive(&shared.stored[team]);"));
 }
@@ -92,7 +92,7 @@ fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
 #[test]
 fn a_missing_fence_of_global_memory_is_caught() {
     let fence = "fence_proxy_async_all();";
-    // None, one of shared memory alone, and one of some threads for all.
+    // No fence, one of shared memory only, and one by a single lane for its warp.
     for to in
         ["", "fence_proxy_async();", "if (lane_index() == 0) fence_proxy_async_all();\n    warp_sync();"]
     {

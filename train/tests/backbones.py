@@ -27,7 +27,7 @@ BATCH = 2
 def efficientnet_lite0() -> torch.nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
-    # Without a size: padding then follows the picture.
+    # Without a size, padding depends on the picture.
     return EfficientNet.from_name("efficientnet-lite0", image_size=None)
 
 
@@ -72,7 +72,7 @@ def resnet_features(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def draw(network: torch.nn.Module) -> None:
-    """Scales and shifts that are not those of a fresh network."""
+    """Draws scales and shifts, which are 1 and 0 in a new network."""
     for module in network.modules():
         if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -80,7 +80,7 @@ def draw(network: torch.nn.Module) -> None:
 
 
 def keep_scale(module: torch.nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
-    """Running statistics by which values stay of order 1 through the network, though they are not the batch's."""
+    """Sets running statistics that differ from the batch's but keep values of order 1 through the network."""
     (x,) = inputs
     module.running_mean.copy_((x.mean((0, 2, 3)) / 2).float())
     module.running_var.copy_(x.square().mean((0, 2, 3)).float())
@@ -104,13 +104,13 @@ def forward_and_back(network, features_of, images, probe) -> dict[str, torch.Ten
 
 
 def compare(name: str, size: int, form: str | Path, by_batch: bool, example: Path, folder: Path) -> dict[str, float]:
-    """The error of each tensor over that of torch in float32, with weights drawn and written in a form, or published in a file."""
+    """Our error in each tensor over torch's in float32. Weights are drawn and written in format `form`, or read from it."""
     make, features_of = NETWORKS[name]
     features_of = features_of or resnet_features
     torch.manual_seed(size)
     network, images = make(), torch.randn(BATCH, 3, size, size)
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    # Drop-connect and dropout are off in evaluation mode; the normalisations alone go by the batch.
+    # Evaluation mode turns drop-connect and dropout off; with `by_batch` only the normalisations are in training mode.
     network.eval()
     for module in norms:
         module.train(by_batch)
@@ -149,12 +149,12 @@ def compare(name: str, size: int, form: str | Path, by_batch: bool, example: Pat
 
 
 def is_affine(network: torch.nn.Module, key: str) -> bool:
-    """Scale and shift of a BatchNorm: held fixed where it goes by running statistics."""
+    """Whether a weight is a BatchNorm's scale or shift, which are constant where running statistics are used."""
     return isinstance(network.get_submodule(key.rpartition(".")[0]), torch.nn.BatchNorm2d)
 
 
 def load_back(make, features_of, network, images, checkpoint: Path) -> None:
-    """torch takes the weights of our checkpoint by name, and none is left over but the classifier's."""
+    """Loads our checkpoint into torch by name; only the classifier's weights and batch counters may be missing."""
     prefix = "backbone."
     state = {key.removeprefix(prefix): value for key, value in load_file(checkpoint).items() if key.startswith(prefix)}
     fresh = make()

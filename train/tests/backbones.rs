@@ -1,4 +1,4 @@
-//! Published weights into named backbones, and those backbones' checkpoints.
+//! Published weights read into named backbones, and checkpoints of these backbones.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -11,8 +11,7 @@ use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::model::{
-    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, name_of,
-    to_array,
+    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
 };
 use ddtas_train::train::checkpoint::{self, Checkpoint};
 
@@ -29,7 +28,7 @@ fn shape(backbone: BackboneKind) -> NetworkShape {
     }
 }
 
-/// What a file of a network's weights holds, a classifier's and counts of batches among them.
+/// Random tensors of a file of published weights, with a classifier and a batch counter, which are not read.
 fn published(backbone: &Backbone) -> Tensors {
     let mut draw = 0u32;
     let mut values = |count: usize| -> Vec<f32> {
@@ -77,7 +76,7 @@ fn weights_that_fit_are_taken_and_others_are_named() {
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
         assert_eq!(values, good[&filled.file_name(&tensor.name)].1, "{}", tensor.name);
     }
-    // As DataParallel writes them.
+    // Names with the prefix that PyTorch's DataParallel writes.
     let wrapped = good.iter().map(|(name, tensor)| (format!("module.{name}"), tensor.clone()));
     write(&path, &wrapped.collect());
     network().with_weights(&path).unwrap();
@@ -98,14 +97,35 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     let said = refused(&|tensors| tensors.get_mut(name).unwrap().1[7] = f32::NAN);
     assert!(said.contains(name) && said.contains("NaN"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    for other in [BackboneKind::Resnet50, BackboneKind::EfficientnetLite0, BackboneKind::VitS16] {
+    for (other, name) in [
+        (BackboneKind::Resnet50, "resnet50"),
+        (BackboneKind::EfficientnetLite0, "efficientnet-lite0"),
+        (BackboneKind::VitS16, "vit-s16 or vit-s16-augreg"),
+    ] {
         let said = refused(&|tensors| *tensors = published(&Backbone::new(&shape(other), &device)));
-        let fits = format!("); they fit --backbone {}", name_of(&other));
+        let fits = format!("); they fit --backbone {name}");
         assert!(said.contains("not weights of resnet18 (") && said.ends_with(&fits), "{said}");
     }
 }
 
-/// What the program prints with `--json`.
+#[test]
+fn pictures_are_scaled_as_for_the_published_weights() {
+    for (kind, black_and_white) in [
+        (BackboneKind::EfficientnetLite0, [-127.0 / 128.0, 1.0]),
+        (BackboneKind::Resnet18, [-0.485 / 0.229, 0.515 / 0.229]),
+        (BackboneKind::BnInception, [-128.0, 127.0]),
+        (BackboneKind::VitS16, [-0.485 / 0.229, 0.515 / 0.229]),
+        (BackboneKind::VitS16Augreg, [-1.0, 1.0]),
+    ] {
+        let preprocessing = kind.preprocessing();
+        for (value, wanted) in [0.0, 1.0].into_iter().zip(black_and_white) {
+            let red = (value - preprocessing.mean[0]) / preprocessing.deviation[0];
+            assert!((red - wanted).abs() < 1e-4 * wanted.abs(), "{kind:?}: {red}, not {wanted}");
+        }
+    }
+}
+
+/// The JSON that a subcommand prints with `--json`.
 fn json(command: &str, more: &[(&str, &Path)]) -> serde_json::Value {
     let mut program = Command::cargo_bin("ddtas-train").unwrap();
     program.args(command.split(' ')).arg("--json");
@@ -121,7 +141,7 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
     let at = |name: &str| folder.path().join(name);
     let (weights, pictures, out) = (at("weights.safetensors"), at("data"), at("out.safetensors"));
     let mut tensors = published(&Backbone::new(&shape(BackboneKind::Resnet18), &Device::flex()));
-    // Of either sign, so that values stay small.
+    // Weights of both signs keep activations small.
     let convolutions = tensors.values_mut().filter(|(shape, _)| shape.len() == 4);
     convolutions.flat_map(|(_, values)| values).for_each(|value| *value = 0.1 * (*value - 1.0));
     write(&weights, &tensors);
@@ -141,13 +161,13 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
     let found = find("avg", &out);
     assert_eq!(found["queries"][0]["answers"][0]["name"], "class01/0.png");
     assert_eq!(found, find("avg", &pictures));
-    // What another pooling made is something else.
+    // A gallery that was embedded with another pooling is refused.
     let mut other = Command::cargo_bin("ddtas-train").unwrap();
     other.args(["search", "--pooling", "max", "--backbone", "resnet18", "--image-size", "32", "--weights"]);
     other.arg(&weights).arg("--query").arg(&query).arg("--gallery").arg(&out);
     runs::assert_refused(&mut other, "another network");
 
-    // A run from them does not begin with an untrained network.
+    // The report of a run from these weights calls its start pretrained.
     runs::folder_of_pictures(&pictures, 4, 2);
     let run = at("run");
     let mut training = runs::small_run(&run, 1);
@@ -195,7 +215,7 @@ fn damaged_files_are_one_line_each() {
     refused(&[0x80, 2, b'X', 0xff, 0xff, 0xff, 0xff, b'a', b'b', b'.']);
     refused(&[b'P', b'K', 3, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
     refused(&[0xff; 64]);
-    // A TAR archive that begins like another file: what it calls 8 gigabytes would be read as zeros.
+    // A TAR archive whose first bytes are a ZIP's: refused, since its sparse files could fill the memory.
     let mut header = tar::Header::new_gnu();
     header.set_path("PK").unwrap();
     header.set_cksum();

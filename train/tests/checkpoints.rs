@@ -1,4 +1,4 @@
-//! Checkpoints that no run has written: each is refused by a line that says what does not fit.
+//! Altered checkpoints: each is refused by a line that says what does not fit.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;

@@ -1,4 +1,4 @@
-//! A batch in chunks takes the memory of a chunk. By itself in its process: what other tests take would count.
+//! A batch in chunks takes the memory of a chunk. The only test of its process, whose memory is counted.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use burn::tensor::Device;

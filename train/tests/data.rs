@@ -1,4 +1,4 @@
-//! Data sets, P-K sampler, augmentation, loader: what they promise, and bad input.
+//! Data sets, P-K sampler, augmentation and loader, also with bad input.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,13 +17,13 @@ use proptest::test_runner::RngSeed;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// A picture that tells its class and number by its colours.
+/// Writes a picture whose red is its class and whose green is its number.
 fn write_picture(path: &Path, class: usize, number: usize) {
     let shade = |x: u32, y: u32| Rgb([(class * 40) as u8, (number * 25) as u8, (x * 4 + y) as u8]);
     RgbImage::from_fn(24, 20, shade).save(path).unwrap();
 }
 
-/// `counts[i]` pictures in folder `c<i>`.
+/// Writes `counts[i]` pictures to folder `c<i>`.
 fn write_classes(root: &Path, counts: &[usize]) {
     for (class, &count) in counts.iter().enumerate() {
         let dir = root.join(format!("c{class}"));
@@ -290,7 +290,7 @@ fn crops_stay_inside_whatever_the_picture_is() {
 
 #[test]
 fn test_crop_is_the_normalised_middle() {
-    // Red in the middle square and where the filter reaches beyond it, grey beside it.
+    // Red in the middle square and as far beyond as the resize filter reaches, grey elsewhere.
     let colour = |x| if (14..50).contains(&x) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) };
     let picture = RgbImage::from_fn(64, 32, |x, _| colour(x));
     let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
@@ -317,7 +317,7 @@ fn flips_mirror_half_of_the_pictures() {
         let mut pixels = Vec::new();
         cropper.train(&ramp, &settings, &mut rng, &mut pixels).unwrap();
         let mirrored: Vec<f32> = plain.chunks(16).flat_map(|row| row.iter().rev().copied()).collect();
-        // Without jitter the colour arithmetic still runs, and rounds.
+        // Colours are still computed without jitter, and rounded.
         let near = |want: &[f32]| pixels.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-4);
         let flipped = near(&mirrored);
         assert!(flipped || near(&plain));

@@ -1,5 +1,5 @@
-//! The GPU backend's layers, compiled for the CPU, agree with the CPU backend's: forward and gradients, over the shapes of the
-//! networks and drawn ones. A difference of 2e-5 of the largest entry is let through, as between the CPU's and Burn's.
+//! The GPU backend's layers, compiled for the CPU, agree with the CPU backend's: outputs and gradients, for
+//! the networks' shapes and random ones, to 2e-5 of the largest entry, as `tests/layers.rs` allows.
 
 #![cfg(feature = "train-emulated")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
@@ -11,19 +11,19 @@ use rand_chacha::ChaCha8Rng;
 
 fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> TensorData {
     let count = shape.iter().product();
-    // A sum of four uniform draws: of deviation 0.58, and as good as normal.
+    // A sum of four uniform draws: nearly normal, with a standard deviation of 0.58.
     let draw = |_| (0..4).map(|_| random.random_range(-0.5f32..0.5)).sum::<f32>();
     TensorData::new((0..count).map(draw).collect::<Vec<f32>>(), shape.to_vec())
 }
 
-/// Values of several tensors.
+/// The values of several tensors.
 type Values = Vec<Vec<f32>>;
 
 fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_to_vec().unwrap()
 }
 
-/// What `compute` makes on the emulated GPU is what it makes on the CPU, and the same bits twice.
+/// Asserts that `compute` gives nearly the CPU's result on the emulated GPU, and the same bits twice.
 fn assert_same(what: &str, compute: impl Fn(&Device) -> Values) {
     let want = compute(&Device::flex().autodiff());
     let gpu = Device::cpu().autodiff();
@@ -36,14 +36,14 @@ fn assert_same(what: &str, compute: impl Fn(&Device) -> Values) {
         let largest = want.iter().fold(1e-3f32, |most, value| most.max(value.abs()));
         let off = want.iter().zip(got).fold(0.0f32, |most, (want, got)| {
             let off = (want - got).abs();
-            // A NaN is never the greater one.
+            // max() would ignore a NaN.
             if off.is_nan() { f32::INFINITY } else { most.max(off) }
         });
         assert!(off <= 2e-5 * largest, "{what}, part {part}: off by {off}, largest entry {largest}");
     }
 }
 
-/// A convolution: `[images, channels in, channels out, height, width]`, a kernel and options.
+/// A convolution; `shape`: `[images, channels in, channels out, height, width]`.
 #[derive(Debug, Clone, Copy)]
 struct Convolution {
     shape: [usize; 5],
@@ -52,7 +52,7 @@ struct Convolution {
 }
 
 impl Convolution {
-    /// Output and both gradients.
+    /// Compares the output and both gradients on random values.
     fn check(&self, random: &mut ChaCha8Rng) {
         let [images, channels_in, channels_out, height, width] = self.shape;
         let per_group = if self.options.depthwise { 1 } else { channels_in };
@@ -71,14 +71,14 @@ impl Convolution {
     }
 }
 
-/// As TensorFlow pads a side.
+/// Padding before and behind a side, as TensorFlow's `SAME`.
 fn around(side: usize, kernel: usize, stride: usize) -> [usize; 2] {
     let total = ((side.div_ceil(stride) - 1) * stride + kernel).saturating_sub(side);
     [total / 2, total - total / 2]
 }
 
-/// Every kind of convolution of the networks, by channels: in, out, kernel, stride, side, and whether it is depthwise.
-/// A picture of 97 pixels where the network sees 224.
+/// Every kind of dense convolution in the networks: channels in, channels out, kernel, stride, side. Sides
+/// are smaller than in training.
 const DENSE: [[usize; 5]; 23] = [
     // The default network, at 12 pixels.
     [3, 16, 3, 1, 12],
@@ -101,7 +101,7 @@ const DENSE: [[usize; 5]; 23] = [
     [192, 32, 1, 1, 6],
     [320, 96, 3, 2, 4],
     [1024, 352, 1, 1, 2],
-    // EfficientNet-Lite0; its stem is among those padded as TensorFlow does.
+    // EfficientNet-Lite0; its stem is tested below, with TensorFlow's padding.
     [16, 96, 1, 1, 9],
     [144, 24, 1, 1, 6],
     [672, 192, 1, 1, 3],
@@ -123,7 +123,7 @@ fn convolutions_of_the_networks() {
         let options = ConvolutionOptions { stride: 2, padding, depthwise: false };
         Convolution { shape: [3, 3, 32, side, side], kernel: 3, options }.check(&mut random);
     }
-    // Depthwise ones of EfficientNet-Lite0: channels, kernel, stride, side.
+    // Depthwise convolutions of EfficientNet-Lite0: channels, kernel, stride, side.
     for [channels, kernel, stride, side] in [
         [32, 3, 1, 24],
         [96, 3, 2, 25],
@@ -153,7 +153,7 @@ fn drawn(random: &mut ChaCha8Rng) -> Convolution {
         least + random.random_range(0..14)
     };
     let (height, width) = (side(padding[0], random), side(padding[1], random));
-    // Multiples of 4 are read four at a time.
+    // Kernels read multiples of 4 channels four at a time.
     let channels = |random: &mut ChaCha8Rng| {
         let count = random.random_range(1..10);
         if random.random_bool(0.6) { 4 * count } else { count }
@@ -189,7 +189,7 @@ fn normalisations() {
         let beta = values(&mut random, &[shape[1]]);
         for from_batch in [true, false] {
             assert_same(&format!("{shape:?}, {activation:?}, from batch: {from_batch}"), |device| {
-                // Means of 20 deviations: where squares of values would cancel.
+                // A mean of 20 standard deviations: the variance as a difference of squares would cancel.
                 let input = (Tensor::<4>::from_data(input.clone(), device) * 3.0 + 35.0).require_grad();
                 let gamma = (Tensor::<1>::from_data(gamma.clone(), device) * 4.0).require_grad();
                 let beta = Tensor::<1>::from_data(beta.clone(), device).require_grad();
@@ -236,8 +236,8 @@ fn residual_sums() {
     }
 }
 
-/// Slow: every unit is a thread, and they wait for each other. Ignored unless asked for (.ci/train-cuda.sh); in a process of its
-/// own, since from then on all cubes are whole.
+/// Slow, since every unit is a thread and they wait for each other: ignored unless asked for
+/// (.ci/train-cuda.sh). Needs its own process, since `emulate_whole_cubes` holds for the rest of it.
 #[test]
 #[ignore = "minutes; run alone"]
 fn cubes_as_large_as_a_gpus() {

@@ -1,5 +1,5 @@
-//! Whole networks on the GPU backend's kernels, compiled for the CPU: features, gradients and the losses of a run are those of
-//! the CPU backend.
+//! Whole networks on the GPU backend's kernels, compiled for the CPU: features, gradients and losses of a run
+//! agree with the CPU backend's.
 #![cfg(feature = "train-emulated")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -14,7 +14,7 @@ use ddtas_train::model::{
 #[cfg(feature = "emulated")]
 use runs::{folder_of_pictures, records, small_run};
 
-/// Gradients of all weights, in the module's order.
+/// Collects the gradients of all weights, in the module's order.
 struct Visitor<'a> {
     gradients: &'a GradientsParams,
     found: Vec<Vec<f32>>,
@@ -28,13 +28,13 @@ impl ModuleVisitor for Visitor<'_> {
     }
 }
 
-/// Features, then gradients of all weights.
+/// The features, then the gradients of all weights.
 fn pass(backbone: &Backbone, images: &TensorData, device: &Device, mode: Normalise) -> Vec<Vec<f32>> {
     let features: Tensor<1> = match backbone.forward(Tensor::from_data(images.clone(), device), mode) {
         Features::Map(map) => map.flatten(0, 3),
         Features::Tokens(tokens) => tokens.flatten(0, 2),
     };
-    // Some probe, so that gradients do not cancel.
+    // A probe with different entries, so that gradients do not cancel.
     let [count] = features.dims();
     let probe: Vec<f32> = (0..count).map(|i| (i % 7) as f32 - 2.5).collect();
     let probe = Tensor::<1>::from_data(TensorData::new(probe, [count]), device);
@@ -58,9 +58,9 @@ fn difference(a: &[f32], b: &[f32]) -> f64 {
 #[test]
 fn networks_and_their_gradients() {
     let (cpu, gpu) = (Device::flex().autodiff(), Device::cpu().autodiff());
-    // The transformer's one convolution is among the layers; the rest of it is Burn's.
-    // Pictures from different places of one sequence: where a value is 0 to the last bits before a ReLU, one way of rounding
-    // passes a gradient on that another does not, to one channel and to all layers before. Then other pictures are wanted.
+    // No transformer: its only layer of ours, a convolution, is in `tests/emulated_layers.rs`.
+    // `first` chooses the pictures: where a ReLU's input is 0 but for rounding, only one backend may pass a
+    // gradient, which changes all earlier layers. Such pictures are avoided.
     for (backbone, side, first) in [
         (BackboneKind::Residual, 13, 0),
         (BackboneKind::EfficientnetLite0, 33, 0),
@@ -77,7 +77,7 @@ fn networks_and_their_gradients() {
         let count = 4 * 3 * side * side;
         let images =
             (0..count).map(|i| ((i * 7919 + first) % 1013) as f32 / 506.0 - 1.0).collect::<Vec<f32>>();
-        // What rounding does to a deep network of random weights is told by the CPU: pictures that differ in their last bits.
+        // The effect of rounding is measured on the CPU, with pictures that differ in their last bits.
         let nudged =
             images.iter().enumerate().map(|(i, x)| x * if i % 2 == 0 { 1.0 + 2e-7 } else { 1.0 - 2e-7 });
         let nudged = TensorData::new(nudged.collect::<Vec<f32>>(), [4, 3, side, side]);
@@ -107,7 +107,7 @@ fn networks_and_their_gradients() {
 #[test]
 fn losses_of_a_run() {
     let place = tempfile::tempdir().unwrap();
-    // Few pictures: those that end a run are embedded on the emulated device, too.
+    // Few pictures, since the evaluations at both ends run on the emulated device too.
     let data = place.path().join("data");
     folder_of_pictures(&data, 16, 4);
     let losses = |device: &str| -> Vec<f64> {

@@ -22,8 +22,7 @@ from safetensors.numpy import save_file
 
 KS = [1, 2, 4, 10, 100]
 BOUND = 1e-6
-# NMI depends on where k-means starts: scikit-learn's own from this many starts span a range, and ours must lie in it,
-# give or take.
+# NMI depends on the starts of k-means: ours must lie in the range of scikit-learn's from this many starts, with a tolerance.
 STARTS = 12
 NMI_SLACK = 0.01
 
@@ -36,7 +35,7 @@ def unit_rows(rng: np.random.Generator, labels: np.ndarray, dim: int, noise: flo
 
 
 def binary_codes(rng: np.random.Generator, labels: np.ndarray, flips: float) -> np.ndarray:
-    """Codes of 16 bits: a few similarities are shared by hundreds of rows."""
+    """Codes of 16 bits, so that hundreds of rows share a few similarities."""
     codes = rng.integers(0, 2, size=(labels.max() + 1, 16))[labels]
     codes ^= rng.random(codes.shape) < flips
     return ((2 * codes - 1) / 4).astype(np.float32)
@@ -74,7 +73,7 @@ def cases() -> dict[str, dict[str, np.ndarray]]:
 
 
 def plain(case: dict[str, np.ndarray]) -> dict[str, float]:
-    """Query by query, from the definitions."""
+    """The figures query by query, from the definitions."""
     own = "references" not in case
     rows, labels = case["embeddings"].astype(float), case["labels"]
     answers, answer_labels = (rows, labels) if own else (case["references"].astype(float), case["reference_labels"])
@@ -86,7 +85,7 @@ def plain(case: dict[str, np.ndarray]) -> dict[str, float]:
         if r == 0:
             continue
         counted += 1
-        # Most similar first; equals by index, since a stable sort keeps their order.
+        # Most similar first; a stable sort orders ties by index.
         right = right[np.argsort(-(answers[others] @ rows[i]), kind="stable")]
         for k in KS:
             recall[k] += right[:k].any()
@@ -106,7 +105,7 @@ def library(case: dict[str, np.ndarray]) -> dict[str, float] | None:
         return None
     kept = {}
     for values, labels in [("embeddings", "labels"), ("references", "reference_labels")]:
-        if values in case:  # it knows no ignored labels
+        if values in case:  # the library has no ignored labels
             known = case[labels] >= 0
             kept |= {values: torch.tensor(case[values][known]), labels: torch.tensor(case[labels][known])}
     calculator = AccuracyCalculator(
@@ -125,7 +124,7 @@ def library(case: dict[str, np.ndarray]) -> dict[str, float] | None:
 
 
 def nmi(case: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Lowest and highest of scikit-learn's, from plain k-means++ seeds as ours are (its default tries several for each)."""
+    """Lowest and highest NMI of scikit-learn from plain k-means++ seeds, as ours are (its default tries several per seed)."""
     from sklearn.cluster import KMeans, kmeans_plusplus
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -170,7 +169,7 @@ def main() -> None:
             within = low - NMI_SLACK <= got["NMI"] <= high + NMI_SLACK
             failed |= not within
             print(f"{name}: sklearn {'agrees' if within else 'FAILS'}, NMI {got['NMI']:.4f}, {low:.4f} to {high:.4f} there")
-            # Which of several equals stands first is left open in the library.
+            # The library leaves the order of ties open.
             for source, want in [("plain", plain(case)), ("library", None if name == "ties" else library(case))]:
                 if want is None:
                     missing = options.require_library and name != "ties"

@@ -1,4 +1,4 @@
-//! `ddtas-train eval`, `embed` and `search` from the outside, on a checkpoint of a short run.
+//! The programs `ddtas-train eval`, `embed` and `search` on a checkpoint of a short run.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -15,7 +15,7 @@ use ddtas_train::train::{Record, checkpoint, read_records};
 use runs::{assert_refused, folder_of_pictures};
 use serde_json::Value;
 
-/// A run on a folder of pictures, made once: its folder, and its data beside it.
+/// A run on a folder of pictures, made once: the run's folder and its data.
 struct Trained {
     run: PathBuf,
     data: PathBuf,
@@ -54,7 +54,7 @@ fn trained() -> &'static Trained {
     })
 }
 
-/// Stripes whose width and colour are the class's, their phase and brightness the picture's.
+/// Stripes: the class decides width and colour, the picture's number phase and brightness.
 fn stripes(class: usize, picture: usize) -> image::RgbImage {
     image::RgbImage::from_fn(40, 32, |x, y| {
         let along = if class.is_multiple_of(2) { x } else { y };
@@ -88,7 +88,7 @@ fn recalls(evaluation: &Value) -> Vec<(u64, f64)> {
     evaluation["at"].as_array().unwrap().iter().map(pair).collect()
 }
 
-/// A copy of the pictures of the test classes, as `embed` takes them.
+/// Copies the pictures of the test classes to a folder for `embed`.
 fn test_pictures(place: &Path) -> PathBuf {
     let folder = place.join("unseen");
     for class in CLASSES / 2..CLASSES {
@@ -212,7 +212,7 @@ fn search_finds_a_picture_among_copies_and_writes_a_sheet_that_needs_nothing_els
     assert!(!page.contains("src=\"http") && !page.contains("href="), "nothing is fetched");
     assert!(page.contains("class09/2.png") && page.contains("Nearest to 2.png"));
 
-    // From the folder itself: the same answers. More than there are: all there are.
+    // The folder as the gallery gives the same answers; --top beyond the gallery gives all of it.
     let by_folder = json(
         "search",
         &[
@@ -232,7 +232,7 @@ fn search_finds_a_picture_among_copies_and_writes_a_sheet_that_needs_nothing_els
     assert_eq!(all.len(), 30);
     assert_eq!(all[..4], answers[..]);
 
-    // Pictures that have gone are shown by name.
+    // Pictures that no longer exist are shown by name.
     std::fs::remove_dir_all(pictures.join("class06")).unwrap();
     let gone = json(
         "search",
@@ -318,7 +318,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     other.write(&out).unwrap();
     search(&out, &query, "another network");
 
-    // Arguments of training have no business before a subcommand.
+    // Arguments of training are refused before a subcommand.
     let mut mixed = run(&[&"--steps", &"3", &"eval", &"--embeddings", &out]);
     mixed.assert().failure().code(2);
 }

@@ -1,5 +1,5 @@
-//! Training as one starts from trained weights: rates and steps of the head, what decays, what BatchNorm does, the mean of the
-//! weights, and a batch in chunks.
+//! Settings for fine-tuning: the head's learning rate and steps, weight decay, modes of BatchNorm, the moving
+//! average of the weights, and batches in chunks.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -31,12 +31,12 @@ struct Arguments {
 
 fn settings(arguments: &str) -> TrainSettings {
     let all = format!("test --image-size {SIDE} --width 8 --embedding-dim 10 --warm-up 0 {arguments}");
-    // BatchNorm is frozen at what a network here was given.
+    // Frozen BatchNorm needs --init; the tests build the network themselves.
     let init = if arguments.contains("frozen") { " --init here" } else { "" };
     Arguments::parse_from((all + init).split_whitespace()).settings
 }
 
-/// A network whose running statistics are worth something.
+/// A network with running statistics of 20 batches.
 fn network(settings: &TrainSettings, device: &Device) -> EmbeddingNetwork {
     device.seed(3);
     let network = EmbeddingNetwork::new(&settings.network_shape(), device);
@@ -47,7 +47,7 @@ fn network(settings: &TrainSettings, device: &Device) -> EmbeddingNetwork {
     network
 }
 
-/// Noise for pictures, four of each class.
+/// `count` pictures of noise, four per class.
 fn batch(count: usize, seed: u64) -> ImageBatch {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     ImageBatch {
@@ -73,7 +73,7 @@ fn engine(settings: &TrainSettings, network: &EmbeddingNetwork, device: &Device)
 
 type Weights = BTreeMap<String, Vec<f32>>;
 
-/// Weights and running statistics by their names in files.
+/// Weights and running statistics by their names in checkpoints.
 fn weights(network: &EmbeddingNetwork) -> Weights {
     let tensors = network.valid().collect(None, None, true).into_iter();
     let named = |tensor: burn::store::burn_pack::Tensor| {
@@ -83,7 +83,7 @@ fn weights(network: &EmbeddingNetwork) -> Weights {
     tensors.map(named).collect()
 }
 
-/// Weights after `steps` steps by `arguments`.
+/// Weights before and after `steps` steps with `arguments`.
 fn after(arguments: &str, steps: usize) -> (Weights, Weights) {
     let (settings, device) = (settings(arguments), Device::flex().autodiff());
     let network = network(&settings, &device);
@@ -129,7 +129,7 @@ fn biases_and_normalisations_decay_only_where_all_weights_do() {
         let (none, all) = (how("--weight-decay 0").1, how("--weight-decay 0.5").1);
         let weights = how("--weight-decay 0.5 --weight-decay-on weights").1;
         assert!(moved(&none, &all).iter().any(|name| name.ends_with(".gamma")), "{optimizer}");
-        // Of the first step, whose gradients are the same.
+        // Compared after one step, for which the gradients are the same.
         let first = |more: &str| after(&format!("--optimizer {optimizer} {more}"), 1).1;
         let different =
             moved(&first("--weight-decay 0"), &first("--weight-decay 0.5 --weight-decay-on weights"));
@@ -164,7 +164,7 @@ fn the_mean_of_the_weights_is_what_is_evaluated() {
         let mut engine = engine(&settings, &network, &device);
         let mut mean = weights(&network);
         assert_eq!(weights(&engine.evaluated()), mean);
-        // The first steps count for more, until the decay is that of the setting.
+        // The decay rises from step to step to the setting's.
         for (step, decay) in
             [0.1f32, 2.0 / 11.0, 0.25, 4.0 / 13.0, 5.0 / 14.0, 0.4, 0.4].into_iter().enumerate()
         {
@@ -187,7 +187,7 @@ fn the_mean_of_the_weights_is_what_is_evaluated() {
     }
 }
 
-/// Norms of the gradients and of their differences, over all parameters.
+/// For each parameter, the norms of the difference `got - want` and of `want`.
 fn difference(network: &EmbeddingNetwork, got: &GradientsParams, want: &GradientsParams) -> Vec<(f64, f64)> {
     struct Norms<'a>(&'a GradientsParams, &'a GradientsParams, Vec<(f64, f64)>);
     impl ModuleVisitor for Norms<'_> {
@@ -242,7 +242,7 @@ fn both_passes_of_a_chunk_see_the_same_statistics() {
         Normalise::Training,
         &device,
     )));
-    // The statistics move in the second pass alone, once a chunk.
+    // Only the second pass updates the running statistics, once per chunk.
     let before = weights(&network);
     let gradient = Array2::ones((24, 10));
     let _ = chunks::gradients(&network, &batch, &gradient, 8, Normalise::Training, &device);

@@ -1,5 +1,5 @@
-//! The threshold generator: the closed form of the head, and what runs do with it. `tests/meta_gradient.rs` holds whole
-//! training steps to the meta loss.
+//! The threshold generator: its closed form for the head, and runs that use it. `tests/meta_gradient.rs`
+//! compares whole training steps with the meta loss.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -30,7 +30,7 @@ fn labels(classes: usize, images: usize) -> Vec<i64> {
     (0..classes * images).map(|row| (row / images) as i64).collect()
 }
 
-/// The losses in scalar float64.
+/// The losses computed by the scalar truth.
 struct Truth {
     labels: Vec<i64>,
     meta_labels: Vec<i64>,
@@ -91,7 +91,7 @@ fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
         for step in STEPS {
             let lambda = Lambda { pos: 0.5, neg: 0.4 };
             let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
-            // The whole bilevel quantity again, from the virtual step on, at lambda +- h.
+            // The meta loss after another virtual step, at lambda +- h.
             let mut meta_loss = |lambda: Lambda| {
                 hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
                 truth.meta_loss
@@ -120,7 +120,7 @@ fn virtual_step_without_a_gradient_leaves_lambda_alone() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let head = Head { weight: uniform((4, 3), &mut rng), bias: Array1::zeros(3) };
     let (train, meta) = (uniform((4, 4), &mut rng), uniform((4, 4), &mut rng));
-    // Every row a class of its own: nothing is mined.
+    // Every row is its own class: nothing is mined.
     let mut truth = Truth {
         labels: labels(4, 1),
         meta_labels: labels(2, 2),
@@ -172,7 +172,7 @@ fn every_generator_moves_lambda_within_its_range() {
     }
 }
 
-/// The lines of a kind in metrics.jsonl.
+/// The lines of metrics.jsonl of this kind.
 fn lines(run: &std::path::Path, kind: &str) -> Vec<String> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let kind = format!("\"kind\":\"{kind}\"");
@@ -219,7 +219,7 @@ fn generator_starts_warm_from_a_checkpoint() {
     let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
     assert!(said.contains("--generator off"), "{said}");
 
-    // What the file holds must go with the other settings.
+    // The thresholds in the file must fit the other settings.
     let init = ["--generator-init", checkpoint];
     let pair = place.path().join("pair");
     run(&pair, &["--generator", "head", "--lambda-pair"]).assert().success();

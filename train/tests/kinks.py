@@ -1,8 +1,8 @@
-"""Weights at which a network's gradients are smooth: no value stands near a kink.
+"""Chooses weights at which a network's gradients are smooth: no value lies near a kink.
 
-A value within rounding of the kink of a ReLU, or of its neighbour in the window of a maximum, falls on either side by its last bit,
-and the gradients of its whole column of the network change by far more than any rounding. So weights are moved until float64 itself,
-and nothing else, says that every value is further from every kink than float32 errs by.
+Rounding decides on which side of a ReLU's kink a very close value falls, or which of two nearly equal values is a window's
+maximum, and gradients then change by far more than rounding. So weights are changed until, in float64, every value is further
+from every kink than the error of float32.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# How far a shift of a normalisation may be moved, in units of about a value's deviation.
+# Largest change of a normalisation's shift, in units of about a value's standard deviation.
 REACH = 0.1
-# How far from 0 (and, of ReLU6, from 6) values are kept, times how many a channel has: few lie far apart, and few are deep in a
-# network, where float32 has erred most.
+# Distance of values from 0 (and from 6 for ReLU6), times the number of values of a channel: few values lie far apart, and deep
+# in a network, where the error of float32 is largest, channels have few.
 MARGIN = 1.0
-# How far the largest value in a window is kept from the next, times the windows of a channel.
+# Distance of the two largest values in a window, times the number of windows of a channel.
 TIE = 0.02
-# How far a filter is moved, in parts of its deviation.
+# Change of a filter, in units of its standard deviation.
 NUDGE = 0.05
 PASSES = 40
 
 
 class Changed(Exception):
-    """A filter was moved: what was computed from it is old."""
+    """A filter was changed: the forward pass has to be repeated."""
 
 
 def settle(network: nn.Module, run: Callable[[], torch.Tensor]) -> None:
-    """Moves the weights of a network in float64 until `run`, a pass forward, meets no kink. They stay numbers of float32."""
+    """Changes a network's weights until `run`, its forward pass in float64, meets no kink. They stay float32 numbers."""
     with torch.no_grad():
         for _ in range(PASSES):
             watch = Watch(network)
@@ -42,7 +42,7 @@ def settle(network: nn.Module, run: Callable[[], torch.Tensor]) -> None:
 
 
 class Watch:
-    """Looks at what comes to every kink of a pass forward, and moves what made it."""
+    """Watches the values before every kink of a forward pass, and changes the weights that made them."""
 
     def __init__(self, network: nn.Module):
         self.convolution = self.norm = None
@@ -68,7 +68,7 @@ class Watch:
             self.norm = module
 
     def before_relu(self, module: nn.Module, inputs: tuple) -> tuple:
-        """Shifts each channel to the middle of the widest gap between its values."""
+        """Shifts a channel with a value near a kink so that the kink is in the middle of the widest gap between values."""
         (x,) = inputs
         kinks = [0.0, 6.0] if isinstance(module, nn.ReLU6) else [0.0]
         bias, old = self.norm.bias, self.norm.bias.clone()
@@ -88,10 +88,10 @@ class Watch:
         self.made.append((self.convolution, output.clone()))
 
     def before_maximum(self, module: nn.Module, inputs: tuple) -> None:
-        """Moves the filters of channels of which two values in a window are nearly the same, both above 0."""
+        """Changes the filters of channels in which a window's two largest values are positive and nearly equal."""
         (x,) = inputs
         kernel, stride, padding = (one(value) for value in (module.kernel_size, module.stride, module.padding))
-        # Below what a ReLU lets through; windows may reach past the end.
+        # Padding below every ReLU's output; windows may reach past the end.
         padded = nn.functional.pad(x, [padding, padding + kernel - 1] * 2, value=-1.0)
         largest = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4).topk(2, -1).values
         near = (largest[..., 1] > 0) & (largest[..., 0] - largest[..., 1] < TIE / largest[:, 0, ..., 0].numel())
@@ -104,7 +104,7 @@ class Watch:
             raise Changed
 
     def filter_of(self, plane: torch.Tensor) -> torch.Tensor:
-        """The filter that made a channel, which may have been put beside others since."""
+        """The filter that made a channel, which may have been concatenated with others since."""
         for convolution, output in reversed(self.made):
             if output.shape[2:] == plane.shape[1:]:
                 for channel in range(output.shape[1]):

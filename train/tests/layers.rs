@@ -26,7 +26,7 @@ const CONVOLUTIONS: [[usize; 7]; 13] = [
     [1, 1, 1, 1, 1, 3, 1],
     [33, 2, 3, 3, 3, 3, 1],
     [2, 3, 4, 20, 50, 5, 1],
-    // Products of matrices: 1 x 1, and wide ones of small pictures.
+    // Convolutions that become matrix products: 1 x 1 kernels, and many channels of small pictures.
     [40, 6, 10, 3, 3, 1, 1],
     [3, 6, 10, 24, 20, 1, 1],
     [30, 256, 20, 4, 3, 3, 1],
@@ -55,7 +55,7 @@ fn convolution_and_its_gradients_equal_burns() {
     }
 }
 
-/// Images, channels, height, width, kernel, stride, and zeros before and behind: of the height, of the width.
+/// Images, channels, height, width, kernel, stride, and zeros added at the top, bottom, left and right.
 const DEPTHWISE: [[usize; 10]; 7] = [
     [2, 5, 12, 12, 3, 1, 1, 1, 1, 1],
     [3, 8, 9, 7, 5, 1, 2, 2, 2, 2],

@@ -1,4 +1,4 @@
-//! MAT-files: what SciPy writes is read as SciPy reads it, what we write SciPy reads, and no bytes whatever do harm.
+//! MAT-files: SciPy's files are read as SciPy reads them, SciPy reads ours, and damaged files are refused.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::fs;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 const FILES: &str = "tests/mat";
 
-/// Whether `array` is what tests/mat/scipy_files.py printed; numbers come as text, to the last bit.
+/// Whether `array` equals what tests/mat/scipy_files.py printed; numbers are text, exact to the last bit.
 fn is_same(array: &Array, expected: &Value) -> bool {
     let all = |arrays: &[Array], key: &str| {
         let expected = expected[key].as_array();
@@ -53,7 +53,7 @@ fn mat_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Checks every file of a folder that `scipy_files.py write` made.
+/// Checks every file of a folder that `scipy_files.py write` filled.
 fn check_folder(folder: &Path) {
     let mut checked = 0;
     for file in mat_files(folder) {
@@ -71,7 +71,7 @@ fn check_folder(folder: &Path) {
     assert_eq!(checked, 13);
 }
 
-/// A Python that has SciPy: the one DDTAS_PYTHON names, or python3.
+/// Runs scipy_files.py with `$DDTAS_PYTHON` or python3; `None` without SciPy.
 fn scipy(arguments: &[&str]) -> Option<Vec<u8>> {
     let python = std::env::var("DDTAS_PYTHON").unwrap_or_else(|_| "python3".into());
     let there = Command::new(&python).args(["-c", "import numpy, scipy.io"]).output();
@@ -137,7 +137,7 @@ fn what_is_no_level_5_file_is_named() {
     assert!(error.contains("none.mat"), "{error}");
 }
 
-/// Little-endian words behind a header.
+/// A file of these little-endian words behind a valid header.
 fn file_of(words: &[u32]) -> Vec<u8> {
     let mut file = encode(&Variables::default(), false);
     file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
@@ -148,7 +148,7 @@ fn file_of(words: &[u32]) -> Vec<u8> {
 fn sizes_that_the_file_cannot_hold_are_refused_before_memory_is_taken() {
     // A matrix of 4 GB in a file of 144 bytes.
     assert!(parse(&file_of(&[14, u32::MAX - 7, 0, 0])).unwrap_err().contains("the file ends within"));
-    // 2^31-1 x 2^31-1 cells, of 65536 x 65536 structs with one field, of 2^60 numbers.
+    // Matrices of 2^31-1 x 2^31-1 cells, of 65536 x 65536 structs with one field, and of 2^60 numbers.
     let side = i32::MAX as u32;
     let header = |class: u32, sides: [u32; 2]| vec![6, 8, class, 0, 5, 8, sides[0], sides[1], 1, 0];
     let matrix = |mut parts: Vec<u32>| {
@@ -182,7 +182,7 @@ fn deep_nests_and_bombs_are_refused() {
     assert!(bytes.len() < 1 << 20, "70 MiB of zeros deflate well");
     assert!(parse(&bytes).unwrap_err().contains("inflates to more than"));
 
-    // What takes little in a file and more in memory: the names of fields, numbers of a byte, empty cells.
+    // Contents that are small in a file and larger in memory: field names, one-byte numbers, empty cells.
     let names = structs(&vec!["a"; 4 << 20], Vec::new());
     let bytes = Array::Numbers(vec![1.0; 20 << 20]);
     for (name, array) in [("names", names), ("numbers", bytes)] {
@@ -213,7 +213,7 @@ fn array() -> impl Strategy<Value = Array> {
     })
 }
 
-/// The same files in every run; `.ci/random.sh` draws others.
+/// A fixed seed gives the same files in every run; `.ci/random.sh` draws others.
 fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() }
 }
@@ -232,7 +232,7 @@ proptest! {
 proptest! {
     #![proptest_config(cases(3000))]
 
-    /// Bytes changed, words set to extremes, ends cut off: an answer or an error, no panic, no great memory.
+    /// Files with changed bytes, extreme words or a missing end give a result or an error, and do not panic.
     #[test]
     fn mutated_files_are_read_or_refused(
         which: prop::sample::Index,

@@ -36,7 +36,7 @@ fn loss(memory: &Memory, rows: &Array2<f32>, labels: &[i64], settings: &LossSett
 fn loss_gradient_and_threshold_gradient_are_those_of_the_scalar_reference() {
     for mining in [Mining::None, Mining::Asms, Mining::AtAsms] {
         let settings = LossSettings { mining, ..LossSettings::default() };
-        // A draw with a pair on a threshold is replaced by the next.
+        // A draw with a pair too near a threshold is replaced by the next.
         let compared = (0..40).find_map(|seed| {
             let (rows, labels) = draw(how(61, 34), seed);
             let (old, old_labels) = draw(how(130, 34), seed + 100);
@@ -52,7 +52,7 @@ fn loss_gradient_and_threshold_gradient_are_those_of_the_scalar_reference() {
             let output = loss(&memory, &rows, &labels, &settings);
             assert!((output.loss - truth.weighted.loss).abs() < 1e-5 * truth.weighted.loss, "{mining:?}");
             assert_eq!(output.active, truth.active());
-            // The batch's rows are anchors and references, the memory's are constant.
+            // The batch's rows are both anchors and references; the memory's rows are constant.
             let back = truth.reference_gradient.as_ref().unwrap();
             let wanted = &truth.gradient + &back.slice(s![..61, ..]);
             let largest = wanted.iter().fold(0.0f64, |most, x| most.max(x.abs()));
@@ -161,7 +161,7 @@ fn training_with_memory_is_the_same_run_whatever_the_thread_count() {
     let metrics = |run: &std::path::Path| fs::read(run.join("metrics.jsonl")).unwrap();
     assert!(metrics(&alone) == metrics(&shared), "3 threads differ from 1");
     let ((with, _), (without, _)) = (records(&alone), records(&without));
-    // The batch of step 3 is the first to be kept, that of step 4 the first to see it.
+    // The batch of step 3 is the first to be kept, so step 4 is the first to use the memory.
     assert_eq!(with[..4], without[..4]);
     let pairs = |step: &ddtas_train::train::StepRecord| step.mined_neg;
     assert!((4..8).all(|step| pairs(&with[step]) > pairs(&without[step])), "the memory adds no negative");

@@ -1,5 +1,5 @@
-//! dL^m/dlambda as a training step finds it, against a central difference of the meta loss itself: for every lambda
-//! the virtual step is taken anew, by passes through the whole network.
+//! dL^m/dlambda of a training step, against a central difference of the meta loss: for every lambda the
+//! virtual step is taken again, by passes through the whole network.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use burn::module::Module;
@@ -27,7 +27,7 @@ fn settings(kind: GeneratorKind, batch_norm: BatchNorm) -> TrainSettings {
     settings
 }
 
-/// Noise for pictures, `images` of each of `classes` classes.
+/// Pictures of noise, `images` of each of `classes` classes.
 fn batch(classes: usize, images: usize, rng: &mut ChaCha8Rng) -> ImageBatch {
     let count = classes * images;
     ImageBatch {
@@ -90,7 +90,7 @@ fn both_generators_find_the_derivative_of_the_meta_loss_in_both_normalisations()
             let network = EmbeddingNetwork::new(&settings.network_shape(), &device);
             let mut rng = ChaCha8Rng::seed_from_u64(6);
             let (train, meta) = (batch(8, 3, &mut rng), batch(5, 4, &mut rng));
-            // Statistics worth freezing, and others than those of the batch.
+            // Running statistics that differ from the batch's.
             for _ in 0..20 {
                 let _ = network.forward(tensor(&batch(4, 3, &mut rng), &device), Normalise::Training);
             }
@@ -105,7 +105,7 @@ fn both_generators_find_the_derivative_of_the_meta_loss_in_both_normalisations()
                 let lambda = Lambda { pos: start.pos + pos, neg: start.neg + neg };
                 meta_loss(&network, &settings, lambda, (&train, &meta), &device)
             };
-            // Wide, since f32 networks resolve no finer difference. Richardson's rule cancels the third-order term.
+            // A wide step, since networks are f32; Richardson extrapolation cancels the third-order term.
             let derivative = |pos: f64, neg: f64| {
                 let central = |h: f64| (at(pos * h, neg * h) - at(-pos * h, -neg * h)) / (2.0 * h);
                 (4.0 * central(0.02) - central(0.04)) / 3.0

@@ -1,4 +1,4 @@
-//! Pictures as they come: turned, cut short, transparent, in every format, and a split of one's own.
+//! Reading pictures: rotated by EXIF, cut short, transparent, in every format; and the user's own splits.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::fs;
@@ -10,7 +10,7 @@ use image::codecs::gif::GifEncoder;
 use image::codecs::jpeg::JpegEncoder;
 use image::{DynamicImage, Frame, ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
 
-/// What the program makes of a file.
+/// Reads a picture file as the program does.
 fn read(bytes: &[u8]) -> Result<RgbImage, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("picture.jpg");
@@ -19,7 +19,7 @@ fn read(bytes: &[u8]) -> Result<RgbImage, String> {
     split.picture(0).map(|picture| (*picture).clone()).map_err(|error| error.to_string())
 }
 
-/// 20 x 12: red on the left, blue on the right, green in the upper left corner.
+/// A picture of 20 x 12: red on the left, blue on the right, green in the upper left corner.
 fn flag() -> RgbImage {
     RgbImage::from_fn(20, 12, |x, y| match (x, y) {
         (0..6, 0..4) => Rgb([20, 220, 30]),
@@ -40,7 +40,7 @@ fn jpeg(picture: &RgbImage, quality: u8) -> Vec<u8> {
     bytes
 }
 
-/// A JPEG with an EXIF segment that says how it is to be turned.
+/// A JPEG with an EXIF segment that gives its orientation.
 fn oriented(bytes: &[u8], orientation: u8) -> Vec<u8> {
     let mut exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0".to_vec();
     exif.extend([orientation, 0, 0, 0, 0, 0, 0]);
@@ -48,7 +48,7 @@ fn oriented(bytes: &[u8], orientation: u8) -> Vec<u8> {
     [&bytes[..2], &[0xff, 0xe1], &length, &exif, &bytes[2..]].concat()
 }
 
-/// Whether a pixel is near a colour: JPEG keeps none exactly.
+/// Whether a pixel is near a colour, which JPEG does not keep exactly.
 fn near(picture: &RgbImage, (x, y): (u32, u32), colour: [u8; 3]) -> bool {
     picture.get_pixel(x, y).0.iter().zip(colour).all(|(&got, want)| got.abs_diff(want) < 60)
 }
@@ -56,7 +56,7 @@ fn near(picture: &RgbImage, (x, y): (u32, u32), colour: [u8; 3]) -> bool {
 #[test]
 fn exif_orientation_turns_the_picture() {
     let plain = jpeg(&flag(), 95);
-    // Where the green corner is, and the size, by EXIF's number.
+    // EXIF's orientation, then the green corner's place and the size.
     let rows = [
         (1, (1, 1), (20, 12)),
         (2, (18, 1), (20, 12)),
@@ -78,7 +78,7 @@ fn exif_orientation_turns_the_picture() {
     }
 }
 
-/// A progressive JPEG of 16 x 16 pixels: there is no encoder for it here. Pillow's, quality 5, grey.
+/// A progressive grey JPEG of 16 x 16 pixels, by Pillow with quality 5: `image` cannot encode one.
 const PROGRESSIVE: &[u8] = include_bytes!("pictures/progressive.jpg");
 
 #[test]
@@ -93,14 +93,14 @@ fn a_jpeg_that_ends_early_is_bad_unless_it_lacks_the_end_marker_alone() {
             let got = read(&bytes[..bytes.len() - missing]);
             match missing {
                 1 | 2 => assert_eq!(got.as_ref(), Ok(&whole), "{name} without {missing} bytes"),
-                // The last byte may hold padding alone.
+                // The last byte may hold only padding.
                 3 => {}
                 _ => assert!(got.is_err(), "{name} without {missing} bytes"),
             }
         }
         let said = read(&bytes[..bytes.len() - 9]).unwrap_err();
         assert!(said.contains("ends early") && said.lines().count() == 1, "{said}");
-        // What stands behind the end does not matter: cameras write more there.
+        // Bytes behind the end marker are ignored: cameras write some.
         assert_eq!(read(&[&bytes, &b"more"[..]].concat()), Ok(whole));
     }
     assert_eq!(read(PROGRESSIVE).unwrap().dimensions(), (16, 16));
@@ -133,12 +133,12 @@ fn every_format_is_read_whatever_the_file_is_called() {
 fn a_header_that_announces_more_pixels_than_memory_is_an_unreadable_picture() {
     let mut png = encoded(flag(), ImageFormat::Png);
     png[16..24].copy_from_slice(&[0, 1, 0x86, 0xa0, 0, 1, 0x86, 0xa0]);
-    // The header's checksum, without which it is no header.
+    // The header is read only with its checksum.
     let sum = crc32fast::hash(&png[12..29]).to_be_bytes();
     png[29..33].copy_from_slice(&sum);
     let said = read(&png).unwrap_err();
     assert!(said.contains("100000 x 100000 pixels"), "{said}");
-    // Without its end, which is decoded another way.
+    // A JPEG without its end marker is decoded another way.
     let mut jpeg = jpeg(&flag(), 75);
     let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
     jpeg[frame + 5..frame + 9].copy_from_slice(&[0xff, 0xdc, 0xff, 0xdc]);
@@ -190,7 +190,7 @@ fn folders_named_train_and_test_are_the_split() {
     let said = open(root, Some(TrainClasses::First(2))).unwrap_err().to_string();
     assert!(said.contains("--train-classes") && said.contains("split of its own"), "{said}");
 
-    // A class on both sides is no longer unseen, and that is said.
+    // A class on both sides is no longer unseen, which a warning says.
     classes(&root.join("test"), &["c"], 2);
     let dataset = open(root, None).unwrap();
     assert!(dataset.seen && warnings(&dataset).contains("1 of the 3 test classes train as well"));
@@ -215,7 +215,7 @@ fn lists_are_the_split() {
         "# pictures\na/0.png,7\na/1.png,7\r\n\nb c/0.png\tblue\nb c/1.png\tblue\n",
     )
     .unwrap();
-    // Without a class: a path with a blank, and one with a comma.
+    // Lines without a class, whose paths hold blanks and a comma.
     fs::create_dir(root.join("b c/d")).unwrap();
     for name in ["one, 7.png", "two 8"] {
         fs::copy(root.join("d/0.png"), root.join("b c/d").join(name)).unwrap();

@@ -1,4 +1,4 @@
-//! `ddtas-train` whose standard output or standard error is a closed pipe, a full disk or a terminal that has gone.
+//! `ddtas-train` with a closed pipe, a full disk or a closed terminal as standard output or standard error.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use runs::process::{PROGRAM, Place, STEPS, arguments, assert_finished, assert_same, finish};
 use runs::records;
 
-/// A pipe whose reader has gone.
+/// A pipe whose reader is closed.
 fn closed_pipe() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -40,7 +40,7 @@ fn a_closed_pipe_does_not_end_training() {
     let mut command = Command::new(PROGRAM);
     command.args(arguments(&place.data, &run, &[])).stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut child = command.spawn().unwrap();
-    // The pipe is open in there as long as it is in here.
+    // `command` holds writers of the pipe, which would keep it open.
     drop(command);
     let mut line = String::new();
     BufReader::new(reader).read_line(&mut line).unwrap();
@@ -71,7 +71,7 @@ fn a_full_disk_behind_what_it_says_does_not_end_training() {
     assert!(warning.contains("report.html"), "{said}");
 }
 
-/// Commands that print a result, beside a checkpoint and its data.
+/// Commands that print a result, from a checkpoint and its data.
 fn that_print(place: &Place, checkpoint: &str) -> Vec<Vec<String>> {
     let data = place.data.to_str().unwrap();
     let file = |name: &str| place.run(name).to_str().unwrap().to_owned();
@@ -130,7 +130,7 @@ fn an_error_that_nobody_reads_is_an_exit_code() {
     }
 }
 
-/// Runs a program on a terminal of its own, ignoring hang-ups, and closes the terminal once a bar is drawn there.
+/// Runs a program on a new terminal, with hang-ups ignored; closes the terminal once it shows a bar.
 const ON_A_TERMINAL: &str = include_str!("runs/on_a_terminal.py");
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a person at a terminal meets: help, versions, checkpoints by their run, embeddings of others, runs that go on.
+//! The program as users call it: help, versions, a run's folder as checkpoint, foreign embeddings, --resume.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -146,7 +146,7 @@ fn quiet_says_the_result_alone_and_json_is_one_object() {
     assert_eq!((summary["steps"].as_u64(), summary["folder"].as_str()), (Some(2), Some("quiet")));
     assert!(summary["after"]["at"][0][1].is_number());
     assert_eq!(said("eval --checkpoint run --quiet"), "");
-    // More threads than a pool may have are no reason to end.
+    // A thread count beyond the pool's limit is no error.
     ddtas_train("eval --checkpoint run --quiet").env("RAYON_NUM_THREADS", "1000000").assert().success();
 }
 
@@ -184,7 +184,7 @@ fn npy_files_are_evaluated_and_searched_with_labels_beside_them() {
         search("e.npy")
     );
 
-    // Somebody else's: no .json, labels as NumPy saves them.
+    // Embeddings of another program: no .json, and labels in a .npy file.
     fs::copy(place().join("e.npy"), place().join("bare.npy")).unwrap();
     assert_refused(&mut ddtas_train("eval --embeddings bare.npy"), "bare.labels.npy");
     let mut labels =
@@ -320,12 +320,12 @@ fn names_that_are_no_text_survive() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8(output.stdout).unwrap().contains("(the query itself)"));
     assert!(!fs::read_to_string(page).unwrap().contains("no picture"), "the file was found again");
-    // In training's own arguments too, which have no word of a command before them.
+    // The same in arguments of training, which has no subcommand.
     let mut training = ddtas_train("--dataset folder --data-root");
     assert_refused(training.arg(folder.join(std::ffi::OsStr::from_bytes(b"\xe9"))), "does not exist");
 }
 
-/// A copy of the run that can go on: its last two steps are still to come.
+/// Makes a run that stopped with an error and can be resumed, with its data in `NAME data`; the run's name.
 fn unfinished(name: &str) -> String {
     let run = place().join(name);
     let mut command = small_run(&run, 60);
@@ -339,7 +339,7 @@ fn unfinished(name: &str) -> String {
         "--max-bad-images",
         "0",
     ]);
-    // The pictures of its last class are broken: it stops there, with a checkpoint before.
+    // A broken picture stops the run, since --max-bad-images is 0.
     let data = place().join(format!("{name} data"));
     folder_of_pictures(&data, 8, 4);
     fs::write(data.join("class07/0.png"), b"").unwrap();
@@ -360,7 +360,7 @@ fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     assert!(config.contains("elsewhere") && !config.contains("moved data"), "{config}");
     json(&format!("eval --checkpoint {name} --json"));
 
-    // A run's state speaks of the settings that it was begun with.
+    // The checkpoint holds the settings that the run began with.
     let edited = place().join("edited");
     fs::create_dir_all(&edited).unwrap();
     for file in ["config.toml", "last.safetensors", "metrics.jsonl"] {
@@ -400,7 +400,7 @@ fn a_finished_run_goes_on_in_a_new_folder_with_its_optimizer() {
         assert!(table.contains("before this run") && !table.contains("before training"), "{table}");
         runs::records(&place().join(name)).0.iter().map(|step| step.loss).collect::<Vec<_>>()
     };
-    // The same weights without moments: a checkpoint of the same step that holds nothing else.
+    // The same weights with the optimizer's moments, and without.
     let with = first_steps("run/last.safetensors", "goes on");
     change(&place().join("run/last.safetensors"), &place().join("bare.safetensors"), |_, tensors| {
         let all = tensors.len();

@@ -1,4 +1,4 @@
-//! Cars196, CUB-200-2011, SOP and In-Shop: every layout read back, archives, bad sets, and training on each.
+//! Cars196, CUB-200-2011, SOP and In-Shop: every layout, archives, damaged sets, and training on each set.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::fs;
@@ -55,15 +55,15 @@ fn refusal(dataset: DatasetKind, root: &Path) -> String {
     said
 }
 
-/// A fixture of `dataset` in a new folder, and that folder.
+/// Writes a fixture to a new folder: that folder, and the data set's root in it.
 fn made(dataset: DatasetKind, layout: Option<Layout>) -> (tempfile::TempDir, PathBuf) {
     let place = tempfile::tempdir().unwrap();
     let root = write(&fixture(dataset, layout), &place.path().join("set")).unwrap();
     (place, root)
 }
 
-/// Class by class, the pictures must be those that were drawn for it: mean difference of a few grey levels, by JPEG.
-/// `first` is the split's first class in the fleet, `numbers` the pictures of each class that it holds, sorted.
+/// Asserts that the pictures of each class are those that were drawn for it, up to JPEG's mean error of a few
+/// grey levels. `first`: the split's first class in the fleet; `numbers`: its pictures of each class.
 fn assert_drawn(split: &Split, first: usize, numbers: &[usize], cropped: bool) {
     let height = (WIDTH * 7 / 10) as u32;
     let fleet = Fleet::new(CLASSES, height as usize, 3).unwrap();
@@ -97,7 +97,7 @@ fn every_layout_is_read_back_as_it_was_drawn() {
         assert_eq!(told.is_empty(), !fixture.archive, "{told:?}");
         assert_eq!(dataset.train.class_names().len(), 4);
         assert_eq!(dataset.test.class_names().len(), 5);
-        // The two halves of the development kit are listed one behind the other.
+        // The development kit lists its training half before its test half.
         let order: &[usize] =
             if fixture.layout == Some(Layout::Devkit) { &[0, 2, 1, 3] } else { &[0, 1, 2, 3] };
         assert_drawn(&dataset.train, 0, order, false);
@@ -117,7 +117,7 @@ fn every_layout_is_read_back_as_it_was_drawn() {
             None => assert_drawn(&dataset.test, 4, order, false),
         }
         assert_eq!(dataset.warnings.len(), 1, "a fixture is smaller than the set: {:?}", dataset.warnings);
-        // A second time, what was unpacked is used again.
+        // Opened again, the set uses the unpacked files and prints nothing.
         settings(fixture.dataset, &root).open(&mut |line| panic!("told again: {line}")).unwrap();
     }
 }
@@ -165,7 +165,7 @@ fn copies_wrapped_in_other_folders_are_found() {
         fs::rename(root.join(file), folder.join(file)).unwrap();
     }
     assert_eq!(open(DatasetKind::InShop, place.path()).gallery.unwrap().len(), 10);
-    // A class-per-folder copy in two halves, as one copy of Cars196 comes.
+    // Class folders in two halves, as in one published copy of Cars196.
     let (_fourth, root) = made(DatasetKind::Cars196, Some(Layout::ClassFolders));
     let halves = place.path().join("halves");
     for entry in fs::read_dir(&root).unwrap() {
@@ -193,7 +193,7 @@ fn archives_given_one_by_one_find_what_lies_beside_them() {
         write(&FixtureSettings { archive: true, ..fixture(dataset, layout) }, place.path()).unwrap();
         let given = place.path().join(archive);
         if layout == Some(Layout::Devkit) {
-            // Beside an archive its sisters must be unpacked too.
+            // The archives beside the given one must be unpacked already.
             assert_eq!(open(dataset, place.path()).train.len(), 16);
         }
         assert_eq!(open(dataset, &given).train.len(), 16, "{archive}");
@@ -376,7 +376,7 @@ fn each_set_is_made_trained_on_and_judged_at_its_own_k() {
         let config = fs::read_to_string(place.path().join("run/config.toml")).unwrap();
         assert!(config.contains(&format!("dataset = \"{dataset}\"")), "{config}");
 
-        // The checkpoint again, by the run's own settings: the same set, the same K, the same Recall@1.
+        // `eval` of the checkpoint takes the run's settings: the same set, the same K, the same recall.
         let mut eval = ddtas_train();
         eval.args(["eval", "--json", "--checkpoint"]).arg(place.path().join("run/best.safetensors"));
         let found = eval.assert().success().get_output().stdout.clone();
@@ -405,6 +405,6 @@ fn the_program_says_in_one_line_what_is_missing() {
     assert_eq!(output.status.code(), Some(1));
     assert!(said.starts_with("ddtas-train: ") && said.lines().count() == 1, "{said}");
     assert!(said.contains("images.txt") && said.contains("CUB_200_2011.tgz"), "{said}");
-    // The two ways to call the program do not mix.
+    // Arguments of training are refused before a subcommand.
     ddtas_train().args(["--steps", "3", "eval"]).assert().code(2);
 }

@@ -1,4 +1,4 @@
-//! Runs that several ranks share, as threads of one process. By MPI: `.ci/many.sh`.
+//! Runs on several ranks, which are threads of one process. `.ci/many.sh` tests MPI.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -17,7 +17,7 @@ use runs::process::{
 };
 use runs::{assert_refused, folder_of_pictures, records, small_run};
 
-/// A run on a folder of small pictures, 15 a batch: three ranks have 5 each, two 8 and 7.
+/// A run on a folder of small pictures with batches of 15: three ranks have 5 each, two have 8 and 7.
 fn run_on(data: &Path, output: &Path, steps: usize, more: &[&str]) -> Command {
     let mut command = small_run(output, steps);
     command.args(["--dataset", "folder", "--classes-per-batch", "5", "--images-per-class", "3"]);
@@ -29,7 +29,7 @@ fn run_on(data: &Path, output: &Path, steps: usize, more: &[&str]) -> Command {
     command
 }
 
-/// How far two curves are apart, each step's by the second's.
+/// The largest relative difference of `value` between two runs, over their steps.
 fn apart(got: &[StepRecord], want: &[StepRecord], value: fn(&StepRecord) -> f64) -> f64 {
     assert_eq!(got.len(), want.len());
     let off = |(got, want): (&StepRecord, &StepRecord)| (value(got) / value(want) - 1.0).abs();
@@ -116,7 +116,7 @@ fn synchronised_normalisation_goes_the_way_of_one_process() {
         let got = records(&folder).0;
         let (ours, theirs) = (statistics(&folder), statistics(&alone));
         assert!(!ours.is_empty() && ours.len() == theirs.len());
-        // Pictures of one colour leave some variances near 0.
+        // Relative to variance + 0.1, since pictures of one colour leave some variances near 0.
         let off: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs() / (b + 0.1)).collect();
         assert!(off.iter().all(|off| off.is_finite()));
         let losses = [1, 20].map(|steps| apart(&got[..steps], &one[..steps], |step| step.loss));
@@ -147,7 +147,7 @@ fn what_cannot_be_shared_is_refused_in_one_line() {
     assert_refused(&mut run("few", &["--ranks", "16"]), "at least one picture for each rank");
     let chunks = ["--ranks", "2", "--batch-norm", "synchronised", "--chunk-size", "4"];
     assert_refused(&mut run("chunks", &chunks), "--chunk-size");
-    // The last class of the test is all on rank 1.
+    // All pictures of the last test class are on rank 1.
     for picture in 0..4 {
         fs::write(data.join(format!("class09/{picture}.png")), b"not a picture").unwrap();
     }

@@ -1,4 +1,4 @@
-//! report.html from the files of a run folder, whole or cut short.
+//! report.html from the files of a run's folder, of a finished run or a partial one.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::fs;
@@ -62,7 +62,7 @@ fn findings() -> (Findings, image::RgbImage) {
         SyntheticSettings { classes: 20, train_pictures: 2, test_pictures: 4, ..Default::default() };
     let cars = synthetic(&settings).unwrap();
     let n = cars.test.len();
-    // The next pictures in the set: some of the same class, some of the next one.
+    // The next pictures in the set as neighbours: some of the same class, some of the next.
     let nearest = |chosen: &[usize]| Nearest {
         indices: Array2::from_shape_fn((chosen.len(), 8), |(i, j)| ((chosen[i] + j + 1) % n) as u32),
         similarities: Array2::from_shape_fn((chosen.len(), 8), |(_, j)| 0.95 - 0.06 * j as f32),
@@ -139,7 +139,7 @@ fn report_shows_recall_plots_neighbours_and_settings() {
         strip.save(Path::new(kept).join("neighbours.png")).unwrap();
     }
 
-    // Row 0 of the sheet has a heading, and captions below its pictures.
+    // The first row of the sheet has a heading, and captions below its pictures.
     let is_written = |mut rows: std::ops::Range<u32>| {
         rows.any(|y| (0..100).any(|x| strip.get_pixel(8 + x, y).0 == [0; 3]))
     };
@@ -220,6 +220,6 @@ fn plots_mark_warm_up_and_memory_and_draw_equal_thresholds_once() {
     assert!(!none.contains("end of warm-up") && none.contains("lambda 0.7."));
     let margin = page(&TrainSettings { loss: PairLoss::Contrastive, ..TrainSettings::default() });
     assert!(margin.contains("margin 0.7."));
-    // The running mean stops half a window before the ends, and its window is named.
+    // The page names the window of the running mean.
     assert!(margin.contains("Bold: mean of 11 steps."));
 }

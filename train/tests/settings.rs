@@ -1,4 +1,4 @@
-//! Settings that cannot work: each is refused before anything is made, by a line that names it.
+//! Invalid settings: each is refused by a line that names it, before anything is written.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 mod runs;
@@ -12,7 +12,7 @@ use ddtas_train::inference::{EmbedSettings, EvalSettings, SearchSettings};
 use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
-/// Arguments of training, and the flag that the refusal has to name.
+/// Invalid arguments of training, and the text that the refusal has to contain. DATA: a folder of pictures.
 const TRAIN: &[(&str, &str)] = &[
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "--data-root: missing: --dataset other than synthetic needs --data-root DIR"),
@@ -134,7 +134,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--lambda-ensemble 2 --generator full", "lambda-ensemble"),
 ];
 
-/// The same for what needs files of its own.
+/// Invalid arguments of training whose refusal has to contain `generator-init`.
 const GENERATOR_INIT: [&str; 2] =
     ["--generator-init nowhere --generator head", "--generator-init DATA/class00/0.png"];
 
@@ -151,14 +151,14 @@ fn split<'a>(arguments: &'a str, data: &'a str) -> impl Iterator<Item = String> 
     arguments.split(' ').map(move |part| part.replace("DATA", data))
 }
 
-/// The long names of the settings, but for those in `except`.
+/// The long names of the settings, without those in `except`.
 fn flags<T: Args>(except: &[&str]) -> BTreeSet<String> {
     let command = T::augment_args(clap::Command::new("test"));
     let all = command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned));
     all.filter(|flag| !except.contains(&flag.as_str())).collect()
 }
 
-/// Every setting has a bad value in the table: a new one without a check is noticed here.
+/// Asserts that the table tries a bad value of every setting, so that a new one needs a check.
 fn assert_complete<T: Args>(tried: &[&str], except: &[&str]) {
     let tried: String = tried.join(" ") + " ";
     for flag in flags::<T>(except) {
@@ -179,7 +179,7 @@ fn training_refuses_what_cannot_work_and_leaves_no_folder() {
     for (arguments, flag) in TRAIN.iter().copied().chain(init) {
         let mut command = small_run(&run, 2);
         command.current_dir(place.path());
-        // The last of two wins, and a flag of the small run may be the one at hand.
+        // Later arguments override those of the small run.
         command.args(split(arguments, data));
         refusal(&mut command, arguments, flag);
         assert!(!run.exists(), "{arguments} leaves a folder");
@@ -188,7 +188,7 @@ fn training_refuses_what_cannot_work_and_leaves_no_folder() {
     refusal(&mut empty, "--output ''", "output");
     let tried: Vec<&str> = TRAIN.iter().map(|row| row.0).chain(GENERATOR_INIT).collect();
     assert_complete::<TrainSettings>(&tried, &["output"]);
-    // The mended command has its folder to itself.
+    // With valid settings the command runs, since the refused ones left no folder.
     small_run(&run, 2).assert().success();
     refusal(&mut small_run(&run, 2), "--output RUN", "--output");
     refusal(&mut small_run(&run.join("config.toml"), 2), "--output FILE", "--output");
@@ -260,7 +260,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     let tried = |command: &str| -> Vec<&str> {
         table.iter().filter(|row| row.0.starts_with(command)).flat_map(|row| [row.0, row.1]).collect()
     };
-    // Flags without a value have no bad one.
+    // Flags without a value have no bad value.
     assert_complete::<EvalSettings>(&tried("eval"), &switches::<EvalSettings>());
     assert_complete::<EmbedSettings>(&tried("embed"), &switches::<EmbedSettings>());
     assert_complete::<SearchSettings>(&tried("search"), &switches::<SearchSettings>());
@@ -281,7 +281,7 @@ fn switches<T: Args>() -> Vec<&'static str> {
         .collect()
 }
 
-/// What `ddtas-train` says while it trains by `arguments` beside those of a small run.
+/// Standard error of a small run with further `arguments`.
 fn said_of(arguments: &str, place: &Path) -> String {
     let run = place.join(format!("run {arguments}").replace('/', "-"));
     let mut command = small_run(&run, 2);
@@ -313,7 +313,7 @@ fn flags_that_change_nothing_are_named_once() {
         let said = said_of(&format!("{usual} {arguments}"), place.path());
         assert_eq!(said.matches(flag).count(), 1, "{arguments}: {said}");
     }
-    // A memory holds what a batch of one class lacks.
+    // With a memory, a batch of one class has negatives.
     let said = said_of(&format!("{usual} --classes-per-batch 1 --memory-size 50"), place.path());
     assert!(!said.contains("changes nothing"), "{said}");
 }
@@ -325,7 +325,7 @@ fn batches_fit_a_set_of_few_classes() {
     let run = place.path().join("run");
     let mut command = Command::cargo_bin("ddtas-train").unwrap();
     command.current_dir(place.path()).args(["--dataset", "folder", "--data-root", "data", "--output", "run"]);
-    // The README's command, but for its length and size; with a generator, whose batches shrink as well.
+    // The README's command, shorter and smaller, with a generator, whose batches shrink too.
     command.args(["--steps", "2", "--image-size", "16", "--width", "4", "--generator", "head"]);
     let output = command.output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();

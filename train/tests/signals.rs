@@ -1,4 +1,4 @@
-//! Signals that stop a run, and those that it outlives.
+//! Signals that stop a run, and signals that do not.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -12,7 +12,7 @@ use runs::process::{
     PROGRAM, Place, arguments, assert_finished, assert_same, finish, resume, send, start, wait_for_lines,
 };
 
-/// Where these tests run under `nohup`, so does the program.
+/// Whether this process ignores hang-ups, as under `nohup`: then the program ignores them too.
 fn hang_ups_are_ignored() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -43,7 +43,7 @@ fn signals_stop_a_run_that_then_goes_on_to_the_same_bytes() {
         assert!(last.starts_with("stopped after ") && last.ends_with(run.to_str().unwrap()), "{said}");
         assert!(last.contains("ddtas-train --resume"), "{said}");
         assert_finished(&finish(&[resume(&run), vec!["--workers".into(), "1".into()]].concat()));
-        // config.toml differs by the number of workers and checkpoints, the results do not.
+        // config.toml differs in --workers and --checkpoint-every, the results do not.
         assert_same(&run, &unbroken, signal);
     }
 }
@@ -52,7 +52,7 @@ fn signals_stop_a_run_that_then_goes_on_to_the_same_bytes() {
 #[cfg(target_os = "linux")]
 fn a_second_signal_ends_the_program_at_once() {
     let place = Place::new();
-    // Opening a pipe that nobody writes to takes for ever.
+    // Opening a pipe without a writer blocks forever.
     let pipe = place.run("pipe.safetensors");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let run = place.run("run");
@@ -74,7 +74,7 @@ fn a_second_signal_ends_the_program_at_once() {
     send("INT", &child);
     std::thread::sleep(Duration::from_millis(300));
     assert!(child.try_wait().unwrap().is_none(), "the first signal waits for the step to end");
-    // Two signals that come too close are one to the system.
+    // The system may merge two signals that are close together, so they are repeated.
     until("the second signal is ignored", &mut || {
         send("INT", &child);
         std::thread::sleep(Duration::from_millis(50));
@@ -93,7 +93,7 @@ fn a_second_hang_up_does_not_end_the_program_at_once() {
     assert_finished(&finish(&arguments(&place.data, &unbroken, &[])));
     let mut child = start(&arguments(&place.data, &run, &["--checkpoint-every", "0"]));
     wait_for_lines(&run, &mut child, 17);
-    // As a shell and the system do when a terminal closes.
+    // A closing terminal also causes several hang-ups: by the shell and by the system.
     while child.try_wait().unwrap().is_none() {
         let _ = Command::new("kill").args(["-HUP", &child.id().to_string()]).stderr(Stdio::null()).status();
     }
@@ -127,7 +127,7 @@ fn a_run_under_nohup_outlives_a_hang_up() {
 fn a_signal_ends_the_unpacking_of_an_archive() {
     let place = Place::new();
     let (archive, run) = (place.run("set.tar"), place.run("run"));
-    // Four gigabytes of nothing, which take seconds to write.
+    // Four gigabytes of zeros, which take seconds to write.
     let length = 4 << 30;
     let mut header = tar::Header::new_gnu();
     header.set_path("large").unwrap();

@@ -1,4 +1,5 @@
-//! Runs that are killed, starved of disk or fed bad pictures, and what is left of them. Signals: `tests/signals.rs`.
+//! Runs that are killed, or meet a full disk or bad pictures, and their files afterwards. Signals:
+//! `tests/signals.rs`.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -24,7 +25,7 @@ fn program(arguments: &[String]) -> Assertion {
     command
 }
 
-/// The program ended with one line that names `what` and how to go on.
+/// Asserts that the program ended with a line that says it cannot write `what`, and how to go on.
 fn assert_one_line(output: &Output, what: &str, run: &Path) {
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     let line = said.lines().last().unwrap();
@@ -72,7 +73,7 @@ fn killed_runs_go_on_to_the_same_bytes_as_unbroken_ones() {
         let (unbroken, run) = (place.run(&format!("{name}-unbroken")), place.run(name));
         assert_finished(&finish(&arguments(&place.data, &unbroken, more)));
         let mut kills = Vec::new();
-        // Each process gets a way further than the last, and is killed in whatever it is doing then.
+        // Each process gets some steps further than the last, and is killed at a random moment.
         for attempt in 0..6 {
             let lines = lines_of(&run) + rng.random_range(1..25);
             let first = arguments(&place.data, &run, more);
@@ -100,7 +101,7 @@ fn what_a_kill_during_a_write_leaves_is_passed_over() {
     child.kill().unwrap();
     child.wait().unwrap();
 
-    // Half a checkpoint that was not renamed yet, half a line, half an event.
+    // Half a checkpoint that was not renamed yet, half a line of metrics, half an event.
     let whole = fs::read(run.join("last.safetensors")).unwrap();
     fs::write(run.join(".ddtas-1-0.partial"), &whole[..whole.len() / 2]).unwrap();
     append(&run.join("metrics.jsonl"), b"{\"kind\":\"step\",\"st");
@@ -143,7 +144,7 @@ fn a_limit_on_file_size_costs_one_line_and_loses_nothing() {
 
     let checkpoint = fs::read(run.join("last.safetensors")).unwrap();
     let mut limited = Command::new("sh");
-    // The signal that comes with the limit is ignored, so that writing fails as it does on a full disk. 32 KiB.
+    // A limit of 32 KiB, with its signal ignored, so that writing fails as on a full disk.
     limited.args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"", PROGRAM]);
     let output = limited.args(resume(&run)).output().unwrap();
     assert_one_line(&output, "last.safetensors", &run);
@@ -157,7 +158,7 @@ fn a_full_disk_costs_one_line_and_loses_nothing() {
     let place = Place::new();
     let (unbroken, disk, out) = (place.run("unbroken"), place.run("disk"), place.run("out"));
     fs::create_dir(&disk).unwrap();
-    // A disk of its own, in a namespace of its own: filled during the run, then emptied, then the run goes on.
+    // A tmpfs in a new mount namespace is filled during the run, then emptied, then the run is resumed.
     let script = r#"
         set -e
         mount -t tmpfs -o size=16m none "$DISK" || exit 77
@@ -202,7 +203,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     let run = place.run("run");
     let mut child = start(&arguments(&place.data, &run, &["--steps", "100000"]));
     wait_for_lines(&run, &mut child, 20);
-    // It is still going on.
+    // The run has not ended yet.
     let running = || program(&resume(&run));
     assert_refused(&mut running(), "has not ended");
     child.kill().unwrap();
@@ -254,7 +255,7 @@ fn a_run_goes_on_to_more_steps_or_to_fewer() {
     assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains("\nsteps = 120\n"));
     assert!(fs::read_to_string(run.join("report.html")).unwrap().contains("trained, after 120 steps"));
 
-    // 12 to 36 steps are evaluated in any run, 38 at the end alone.
+    // Steps 12 to 36 are evaluated in every run, step 38 only where the run ends there.
     let run = of("between", "38");
     let evaluated = || records(&run).1.iter().map(|evaluation| evaluation.step).collect::<Vec<_>>();
     assert_eq!(evaluated(), [0, 12, 24, 36, 38]);
@@ -301,7 +302,7 @@ fn unreadable_pictures_are_named_and_too_many_stop_the_run() {
     assert_refused(&mut strict, "3 pictures cannot be read, more than --max-bad-images 2");
     let mut strictest = program(&arguments(&place.data, &place.run("strictest"), &["--max-bad-images", "0"]));
     assert_refused(&mut strictest, "class06/2.png");
-    // What stopped it can be mended.
+    // The run goes on with a higher limit.
     let more = [resume(&place.run("strict")), vec!["--max-bad-images".into(), "3".into()]].concat();
     assert_finished(&finish(&more));
     assert_same(&place.run("strict"), &run, "another --max-bad-images");

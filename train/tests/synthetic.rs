@@ -1,4 +1,4 @@
-//! The synthetic cars: the same from a seed, and hard enough to be worth training on.
+//! The synthetic cars: a seed gives the same pictures, and raw pixels do not retrieve them.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::sync::Arc;
@@ -17,7 +17,7 @@ fn pictures_depend_on_seed_class_and_number_alone() {
     let (one, two) = (synthetic(&small()).unwrap(), synthetic(&small()).unwrap());
     let other = synthetic(&SyntheticSettings { seed: 1, ..small() }).unwrap();
     let mut pictures = Vec::new();
-    // The second set is drawn from the back: order must not matter.
+    // The second set is drawn backwards: the order must not matter.
     for index in (0..one.train.len()).rev() {
         two.train.picture(index).unwrap();
     }
@@ -52,8 +52,8 @@ fn counts_out_of_range_are_refused() {
     }
 }
 
-/// Recall@1 on all test classes by raw pixels, leave-one-out: L2, cosine of pictures less their
-/// own mean, cosine of pictures less the mean picture.
+/// Recall@1 of raw pixels on all test classes, by L2, by cosine after subtracting each picture's mean, and by
+/// cosine after subtracting the mean picture.
 #[test]
 fn raw_pixels_retrieve_less_than_a_tenth() {
     let cars = synthetic(&SyntheticSettings { test_pictures: 6, ..Default::default() }).unwrap();

@@ -1,4 +1,4 @@
-//! Files with other bytes than they should have.
+//! Changes bytes in files.
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
 use std::path::Path;

@@ -196,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// Many short passes; each needs the values that the one before has written.
+    /// Many short passes, each of which needs the values of the previous one.
     fn passes(workers: Workers<'_>) {
         let scratch: Vec<Mutex<u64>> = (0..workers.count()).map(|_| Mutex::default()).collect();
         let mut values = vec![0u64; 1000];

@@ -350,8 +350,8 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// Rows around a centre for each class, of different lengths around `scale`, in float64; labels of which
-    /// some are ignored.
+    /// Rows in float64 around a centre for each class, of different lengths around `scale`, and labels, of
+    /// which some are ignored.
     fn drawn(count: usize, dim: usize, scale: f64, seed: u64) -> (Array2<f64>, Vec<i64>) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut draw = |rows| Array2::from_shape_fn((rows, dim), |_| rng.random_range(-1.0..1.0f64));
@@ -365,7 +365,7 @@ mod tests {
         (rows, labels)
     }
 
-    /// dL/dx from dL/du, in float64.
+    /// dL/dx from dL/du, u = x / |x|, in float64.
     fn by_hand(rows: &Array2<f64>, gradient: &Array2<f64>) -> Array2<f64> {
         let mut answer = gradient.clone();
         for (row, mut g) in rows.outer_iter().zip(answer.outer_iter_mut()) {
@@ -382,7 +382,9 @@ mod tests {
     fn worst(got: &Array2<f32>, want: &Array2<f64>) -> f64 {
         let largest = want.fold(0.0f64, |most, x| most.max(x.abs()));
         assert!(largest > 0.0);
-        got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).abs() / largest).fold(0.0, f64::max)
+        let errors = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).abs() / largest);
+        // The largest in this order is a NaN, if there is one.
+        errors.max_by(f64::total_cmp).unwrap()
     }
 
     fn check<'a>(embeddings: [Embeddings<'a>; 2], labels: [&'a [i64]; 2], bound: f64) {
@@ -393,7 +395,7 @@ mod tests {
         for batch in [Batch::square(embeddings[0], labels[0]), both] {
             let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
             backend.normalized_loss(&batch, &settings, &mut output).unwrap();
-            // The same on rows that the backend has normalised.
+            // The truth for the rows that the backend has normalised.
             let unit = backend.unit.batch(&batch).unwrap();
             let truth = reference(&unit, &settings).unwrap();
             assert!(

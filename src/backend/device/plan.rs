@@ -150,7 +150,7 @@ mod tests {
     const PRECISIONS: [Precision; 4] =
         [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16];
 
-    /// Every kernel but Hopper's own.
+    /// Every kernel except Hopper's own.
     fn kernels(precision: Precision) -> [Kernel; 19] {
         [
             Kernel::OrderTiles,
@@ -195,7 +195,7 @@ mod tests {
         let few = Shape { references: Some(6_000), ..Shape::square(24, 20, Precision::F32) };
         let kernel = Kernel::Gradient(Precision::F32);
         assert!(GradientGrid::new(kernel, &few, false, emulated).splits > SPLITS_ADDED as usize);
-        // Hopper's blocks have 128 rows of f32 as well, others 64.
+        // For f32, Hopper's blocks have 128 rows, others 64.
         let exact = Shape::square(4_096, 512, Precision::F32);
         assert_eq!(splits(&exact), 2);
         let others = DeviceProperties { warpgroup_products: false, ..H200 };
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn blocks_fit_every_gpu() {
         for kernel in PRECISIONS.into_iter().flat_map(kernels) {
-            // A block of sm_89 may have 99 KiB, one of sm_90 227.
+            // A block may use 99 KiB of shared memory on sm_89, and 227 KiB on sm_90.
             assert!(kernel.shared_bytes() <= 99 * 1024, "{kernel:?}");
             assert!(kernel.on_hopper().shared_bytes() <= 227 * 1024, "{kernel:?}");
         }
@@ -224,7 +224,7 @@ mod tests {
                     Kernel::SweepHopper(_) => {
                         assert_eq!((grid(own), grid(kernel)), ([7, 1, 1], [36, 1, 1]));
                     }
-                    // Twice the rows.
+                    // Its blocks have twice the rows.
                     Kernel::GradientHopper(Precision::F32) => assert_eq!(own.gradient_rows(), 128),
                     _ => assert_eq!(grid(own), grid(kernel), "{own:?}"),
                 }

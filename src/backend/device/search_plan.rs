@@ -87,11 +87,11 @@ mod tests {
         assert_eq!(plan(1_024, 1_024, 10).splits, 8, "a tile a block");
         assert_eq!(plan(100, 100, 10).splits, 1, "there is but one tile");
         assert_eq!(plan(1 << 20, 1 << 20, 10).splits, 1);
-        // Four rounds of 132 for 473 tiles, or eleven of a third of the references.
+        // 473 query tiles take four rounds of 132 blocks; in three splits, eleven rounds of a third.
         assert_eq!(plan(60_502, 60_502, 10).splits, 3);
-        // Two blocks a multiprocessor are at work at a time.
+        // Two blocks run on a multiprocessor at a time.
         assert!(plan_of(100, 1_000_000, 10, false).splits > 2 * 128);
-        // Fewer lists, because many long ones take long to merge.
+        // Fewer splits, because many long lists take long to merge.
         assert!(plan(100, 1_000_000, 1_000).splits < 132);
     }
 
@@ -106,7 +106,7 @@ mod tests {
                 assert!(plan.capacity >= plan.kept + RETRIEVAL_SLACK as usize, "{what}");
                 let bytes = plan.turn * TILE as usize * plan.lists * plan.capacity * size_of::<u64>();
                 assert!(bytes <= LIST_BYTES || (plan.turn == 1 && plan.splits == 1), "{what}");
-                // A block of sm_89 may have 99 KiB.
+                // A block may use 99 KiB of shared memory on sm_89.
                 assert!(plan.merge_bytes() + RETRIEVAL_MERGE_EXTRA_BYTES <= 99 * 1024, "{what}");
             }
         }

@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(runs(65_537), [8_192]);
         assert_eq!(runs(262_144), [8_192]);
         assert_eq!(runs(262_145), [8_192, 262_144]);
-        // The largest batch there is: a run still is a number of 32 bits.
+        // For the largest batch, the length of a run still fits 32 bits.
         assert_eq!(runs((1 << 31) - 128), [8_192, 1 << 18, 1 << 23, 1 << 28]);
     }
 
@@ -260,11 +260,11 @@ mod tests {
         for budget in [0, 5, 4095, 4096, 1 << 20, 1 << 30, usize::MAX / 2] {
             let units = shape.pool(budget);
             assert!(units * 32 <= budget);
-            // Or the bits of a tile's candidates would not fit.
+            // A smaller pool could not hold the candidate bits of a tile.
             assert_eq!(units == 0, budget < 4096);
         }
         assert_eq!(shape.pool(2 << 30), shape.most_units());
-        // A unit's number has 32 bits.
+        // Unit numbers have 32 bits.
         assert_eq!(Shape::square(1 << 20, 512, Precision::Bf16).pool(usize::MAX), u32::MAX as usize);
     }
 
@@ -276,12 +276,12 @@ mod tests {
         assert_eq!(Shape::square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
 
-    /// The tiles of the sweep in the order of `tile_at` in pairs/tile_order.cuh, of a square form of `tiles` row tiles.
+    /// The sweep's tiles of a square batch of `tiles` row tiles, in the order of pairs/tile_order.cuh.
     fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
         let firsts = (0..tiles).step_by(band);
         let in_band = |first: usize| {
             let end = tiles.min(first + band);
-            // The longest row of the triangle, the shortest, and so on.
+            // Rows of the triangle alternate: the longest, the shortest, the second longest, and so on.
             let triangle =
                 (0..end - first).map(move |k| if k % 2 == 0 { first + k / 2 } else { end - 1 - k / 2 });
             let columns = move |row: usize| (row.max(first)..end).map(move |column| (row, column));
@@ -290,9 +290,8 @@ mod tests {
         firsts.flat_map(in_band).collect()
     }
 
-    /// Bytes that a cache of `lines` tiles' rows, the least recently used leaving, fetches for Hopper's sweep
-    /// of 132 blocks, one tile each at a time: a column tile for every tile, a row tile where the row
-    /// changes.
+    /// Bytes that an LRU cache of the rows of `lines` tiles fetches for Hopper's sweep of 132 blocks, which
+    /// take one tile each at a time: a column tile for every tile, and a row tile where the row changes.
     fn fetched(
         order: &[(usize, usize)],
         waves: usize,

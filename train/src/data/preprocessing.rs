@@ -42,6 +42,12 @@ impl Preprocessing {
         Self { mean, deviation, order: ChannelOrder::Rgb, floats: true }
     }
 
+    /// Values scaled to -1..=1, as timm's AugReg transformers expect.
+    #[must_use]
+    pub fn symmetric() -> Self {
+        Self { mean: [0.5; 3], deviation: [0.5; 3], ..Self::default() }
+    }
+
     /// Bytes minus the mean of each channel, blue first, as Caffe's BN-Inception expects.
     #[must_use]
     pub fn caffe() -> Self {

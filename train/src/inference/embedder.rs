@@ -28,7 +28,7 @@ pub struct NetworkSettings {
     /// The weights of --backbone: .safetensors, .pth or .pt.
     #[arg(long, value_name = "FILE", requires = "backbone")]
     pub weights: Option<PathBuf>,
-    /// How features are pooled over the picture [default: avg; cls for vit-s16].
+    /// How features are pooled over the picture [default: avg; cls for a transformer].
     #[arg(long, value_enum, requires = "backbone")]
     pub pooling: Option<PoolingKind>,
     /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].

@@ -130,10 +130,19 @@ fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> 
             (name_of(kind), network.layout())
         })
         .collect();
-    let own = layouts.iter().find(|(_, other)| other == layout).map_or("this network", |(name, _)| name);
-    match layouts.iter().find(|(_, other)| mismatch(other, stored).is_none()) {
-        Some((other, _)) => format!("not weights of {own} ({reason}); they fit --backbone {other}"),
-        None => format!("not weights of {own}: {reason}"),
+    // Two backbones can be one network, with pictures scaled in different ways.
+    let names = |fits: &dyn Fn(&Layout) -> bool| {
+        let names: Vec<&str> =
+            layouts.iter().filter(|(_, other)| fits(other)).map(|(name, _)| name.as_str()).collect();
+        names.join(" or ")
+    };
+    let own = match names(&|other| other == layout) {
+        none if none.is_empty() => "this network".to_owned(),
+        names => names,
+    };
+    match names(&|other| mismatch(other, stored).is_none()) {
+        none if none.is_empty() => format!("not weights of {own}: {reason}"),
+        others => format!("not weights of {own} ({reason}); they fit --backbone {others}"),
     }
 }
 

@@ -200,7 +200,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(20);
 
-    /// Lets all ranks meet, with rank `last` started some time after the others.
+    /// Runs the rendezvous of all ranks, with rank `last` started some time after the others.
     fn all(file: &Path, size: usize, last: usize) -> Vec<Meeting> {
         thread::scope(|scope| {
             let start = |rank| {

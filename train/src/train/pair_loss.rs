@@ -168,7 +168,7 @@ mod tests {
         for loss in [PairLoss::SoftContrastive, PairLoss::Contrastive, PairLoss::MultiSimilarity] {
             let gradient = loss_at(loss, &ANGLES).gradient;
             for row in 0..ANGLES.len() {
-                // Large compared with the rounding of the rows to single precision.
+                // Large compared with the rounding of rows to single precision.
                 let step = 1e-3;
                 let moved = |by: f64| {
                     let mut angles = ANGLES;

@@ -67,7 +67,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<PathBuf>,
-    /// How features are pooled over the picture [default: avg; cls for vit-s16].
+    /// How features are pooled over the picture [default: avg; cls for a transformer].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pooling: Option<PoolingKind>,

@@ -1,9 +1,9 @@
-"""MAT-files by SciPy, and what SciPy reads in them, for tests/mat.rs.
+"""Writes MAT-files with SciPy and prints what SciPy reads, for tests/mat.rs.
 
     python3 train/tests/mat/scipy_files.py write DIR    makes NAME.mat, NAME_compressed.mat and NAME.json for every case
     python3 train/tests/mat/scipy_files.py read FILE    prints what FILE holds, as JSON
 
-The .mat and .json files beside this script were made by the first. Needs numpy and scipy.
+The first command made the .mat and .json files beside this script. Needs numpy and scipy.
 """
 
 import json
@@ -16,7 +16,7 @@ from scipy.io import loadmat, savemat
 
 
 def annotations(count: int, name: str) -> np.ndarray:
-    """A struct array as Stanford Cars has it."""
+    """A struct array like those of Stanford Cars."""
     fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", name]
     records = np.zeros((1, count), dtype=[(field, "O") for field in fields])
     for i in range(count):
@@ -50,7 +50,7 @@ def cases() -> dict[str, dict]:
 
 
 def plain(value) -> dict:
-    """What tests/mat.rs compares with, of a value that loadmat gave."""
+    """A value of loadmat in the form that tests/mat.rs compares with."""
     flat = value.flatten(order="F")
     if value.dtype.names:
         values = [plain(record[field]) for record in flat for field in value.dtype.names]
@@ -63,7 +63,7 @@ def plain(value) -> dict:
 
 
 def read(path: Path) -> dict:
-    # Characters are left as they lie: SciPy would strip the blanks that end a row.
+    # chars_as_strings would strip blanks at the end of a row.
     loaded = loadmat(path, chars_as_strings=False)
     return {name: plain(value) for name, value in loaded.items() if not name.startswith("__")}
 
@@ -79,7 +79,7 @@ def main() -> None:
             file = path / f"{name}{'_compressed' if compressed else ''}.mat"
             savemat(file, variables, do_compression=compressed)
         (path / f"{name}.json").write_text(json.dumps(read(file)) + "\n")
-    # What is refused, by the variable's name.
+    # Variables that are refused, by name.
     refused = {"complex": np.array([1 + 2j]), "sparse": scipy.sparse.csc_matrix(np.eye(3)), "block": np.array(["one", "two"])}
     for name, value in refused.items():
         savemat(path / f"refused_{name}.mat", {name: value})

@@ -1,4 +1,4 @@
-// The driver: memory is the host's, copies are done at once, streams know how far NCCL is.
+// The driver: GPU memory is host memory, copies are synchronous, a stream counts the NCCL calls issued and done in it.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -50,7 +50,7 @@ int cuDeviceGetCount(int *count) {
 int cuDeviceGet(int *device, int ordinal) {
     return *device = ordinal, ordinal < GPUS ? CUDA_OK : INVALID_DEVICE;
 }
-// No memory pools.
+// Every attribute is 0: no memory pools.
 int cuDeviceGetAttribute(int *value, int, int) { return *value = 0, CUDA_OK; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &contexts[device], CUDA_OK; }
 int cuDevicePrimaryCtxRelease_v2(int) { return CUDA_OK; }

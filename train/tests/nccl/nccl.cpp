@@ -1,4 +1,4 @@
-// NCCL over sockets.
+// NCCL over Unix sockets.
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -42,7 +42,7 @@ struct Transfer {
     size_t left;
 };
 struct Work {
-    Stream *stream; // of none: the end
+    Stream *stream; // nullptr: finalize
     std::vector<Transfer> transfers;
 };
 
@@ -57,13 +57,13 @@ struct Communicator {
     std::deque<Work> queue;
     std::thread worker;
 
-    // Waits until a socket is ready; false when all is called off.
+    // Waits until a socket is ready; false if the communicator was aborted.
     bool ready(std::vector<pollfd> &sockets, int milliseconds) {
         sockets.push_back({wake[0], POLLIN, 0});
         poll(sockets.data(), sockets.size(), milliseconds);
         return !aborted;
     }
-    // All of a short message.
+    // Sends or receives all of a short message; false if the communicator was aborted.
     bool whole(int socket, bool sending, int *message, size_t bytes) {
         for (char *at = (char *)message; bytes;) {
             std::vector<pollfd> one{{socket, short(sending ? POLLOUT : POLLIN), 0}};
@@ -72,7 +72,7 @@ struct Communicator {
             ssize_t moved = sending ? send(socket, at, bytes, MSG_NOSIGNAL | MSG_DONTWAIT) : recv(socket, at, bytes, MSG_DONTWAIT);
             if (moved > 0)
                 at += moved, bytes -= moved;
-            // One that has gone: the real NCCL waits for it.
+            // The peer has ended: wait for an abort, as the real NCCL does.
             else if (moved == 0 || errno != EAGAIN)
                 ready(one = {}, -1);
         }
@@ -82,13 +82,13 @@ struct Communicator {
     sockaddr_un name(int rank, socklen_t *length) const {
         sockaddr_un address{};
         address.sun_family = AF_UNIX;
-        // Begins with a zero: in no folder.
+        // A leading zero byte: an abstract address, without a file.
         int text = snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "%s-%d", id.c_str(), rank);
         *length = socklen_t(offsetof(sockaddr_un, sun_path) + 1 + text);
         return address;
     }
 
-    // A socket to each other rank: the higher one calls.
+    // Connects to every other rank; the higher rank of two connects, the lower accepts.
     int connect_all() {
         socklen_t length;
         sockaddr_un own = name(rank, &length);
@@ -125,10 +125,10 @@ struct Communicator {
         return OK;
     }
 
-    // Moves what can be moved until all is there; false when it is called off.
+    // Carries out the transfers; false if the communicator was aborted.
     bool move(std::vector<Transfer> &transfers) {
         for (;;) {
-            // With each rank one after the other, in both directions at once.
+            // The next transfer with each rank in each direction.
             std::map<std::pair<int, bool>, Transfer *> next;
             for (auto &transfer : transfers)
                 if (transfer.left)
@@ -158,7 +158,7 @@ struct Communicator {
                     return false;
                 }
             }
-            // Short, for one that has gone is not waited for.
+            // A short wait, since the sockets of a peer that has ended are not polled.
             if (!ready(waiting, 2))
                 return false;
         }
@@ -186,7 +186,7 @@ struct Communicator {
                 being_issued--, next.stream->issued++;
             }
             state = OK;
-            // Calling it off ends what is in the stream, too.
+            // An abort ends the work in the stream too.
             while (!move(next.transfers) && !aborted)
                 ready(none = {}, -1);
             std::lock_guard<std::mutex> held(guard);

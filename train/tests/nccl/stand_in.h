@@ -1,10 +1,11 @@
-// Stand-ins for the NVIDIA driver (driver.cpp) and for NCCL (nccl.cpp), for .ci/many.sh: g++ makes one library of both, found as libcuda.so and libnccl.so.
-// GPUs are memory of the host, ranks are processes of one machine that speak over sockets. They hold `ddtas-train --ranks nccl` to the rules of the real ones
-// that it has to keep: buffers in GPU memory, one GPU a rank, a communicator that does not block, no call while another is being issued, no event before it
-// is. They show nothing of the speed of NCCL, of its ways through GPUs and networks, or of what real GPUs refuse.
+// Stand-ins for the NVIDIA driver (driver.cpp) and NCCL (nccl.cpp), for .ci/many.sh: g++ builds one library of both, found as
+// libcuda.so and libnccl.so. GPU memory is host memory; ranks are processes of one machine, connected by sockets. They check that
+// `ddtas-train --ranks nccl` keeps these rules of the real ones: buffers in GPU memory, one GPU per rank, a nonblocking
+// communicator, no call while another is being issued, and no event recorded until then. They do not show NCCL's speed, its
+// transports, or errors of real GPUs.
 //
-// FAKE_GPUS: how many there are. FAKE_DEAD=error: NCCL notices a rank that has gone, as over a network, instead of waiting for ever.
-// FAKE_ABORT=hang: a communicator that cannot be ended. FAKE_VERSION: of NCCL.
+// FAKE_GPUS: number of GPUs. FAKE_DEAD=error: NCCL reports a rank that has ended, as over a network, instead of waiting forever.
+// FAKE_ABORT=hang: ncclCommAbort() never returns. FAKE_VERSION: NCCL's version.
 #pragma once
 #include <condition_variable>
 #include <cstddef>
@@ -18,10 +19,10 @@ extern thread_local Context *current;
 struct Stream {
     long issued = 0, done = 0;
 };
-// Of streams, and of what is below.
+// Protect streams and `being_issued`.
 extern std::mutex guard;
 extern std::condition_variable changed;
-// Calls of NCCL that have returned and are not in their stream yet.
+// Number of NCCL calls that have returned but are not in their stream yet.
 extern int being_issued;
 
 bool on_gpu(const void *at, size_t bytes);

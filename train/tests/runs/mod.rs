@@ -1,4 +1,4 @@
-//! Small runs of `ddtas-train`, and what they leave.
+//! Small runs of `ddtas-train`, and their output.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
@@ -12,7 +12,7 @@ use assert_cmd::Command;
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::train::{EvaluationRecord, Record, StepRecord, read_records};
 
-/// A run small enough for a test: 16 pixels, a narrow network, small batches.
+/// A run small enough for a test: pictures of 16 pixels, a narrow network, small batches.
 pub fn small_run(output: &Path, steps: usize) -> Command {
     let mut command = Command::cargo_bin("ddtas-train").unwrap();
     let steps = steps.to_string();
@@ -34,7 +34,7 @@ pub fn records(run: &Path) -> (Vec<StepRecord>, Vec<EvaluationRecord>) {
     (steps, evaluations)
 }
 
-/// One line on standard error that names `what`, exit code 1, nothing on standard output.
+/// Asserts exit code 1, one error line that contains `what`, and no standard output.
 pub fn assert_refused(command: &mut Command, what: &str) {
     let output = command.output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
@@ -45,7 +45,7 @@ pub fn assert_refused(command: &mut Command, what: &str) {
     assert!(output.stdout.is_empty());
 }
 
-/// A folder of `classes` classes with `pictures` plain pictures each.
+/// Writes a folder of `classes` classes with `pictures` plain pictures each.
 pub fn folder_of_pictures(root: &Path, classes: usize, pictures: usize) {
     for class in 0..classes {
         let folder = root.join(format!("class{class:02}"));
@@ -60,10 +60,10 @@ pub fn folder_of_pictures(root: &Path, classes: usize, pictures: usize) {
     }
 }
 
-/// A tensor of a file: name, type, shape and bytes.
+/// A tensor in a file: name, type, shape and bytes.
 pub type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// Writes the .safetensors file `from` as `to`, with changes.
+/// Copies the .safetensors file `from` to `to` with its metadata and tensors changed.
 pub fn change(from: &Path, to: &Path, change: impl FnOnce(&mut BTreeMap<String, String>, &mut Vec<Tensor>)) {
     let bytes = std::fs::read(from).unwrap();
     let file = TensorFile::parse(from, &bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Runs of `ddtas-train` as processes, to be stopped, killed or starved: the same small run each time.
+//! The same small run of `ddtas-train` as a process that tests may stop or kill.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use super::folder_of_pictures;
 
-/// The program, for processes that are to be killed.
+/// Path of the program, for `std::process`.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ddtas-train");
 
-/// Steps of a run here; with six training pictures of each of four classes an epoch has two of them.
+/// Number of steps of the run. An epoch of its 4 training classes of 6 pictures has 2 steps.
 pub const STEPS: usize = 120;
 
-/// Arguments of a run of small pictures that evaluates every twelve steps, by whatever `more` adds.
+/// Arguments of the run, which evaluates every 12 steps; `more`: further arguments.
 pub fn arguments(data: &Path, output: &Path, more: &[&str]) -> Vec<String> {
     let mut all: Vec<String> = [
         "--dataset folder --image-size 16 --width 4 --embedding-dim 16 --learning-rate 0.01",
@@ -50,7 +50,7 @@ pub fn assert_finished(output: &Output) {
     assert!(output.status.success(), "{said}");
 }
 
-/// Waits until the run has written `lines` lines of metrics, or has ended.
+/// Waits until the run has written `lines` lines of metrics.jsonl, or has ended.
 pub fn wait_for_lines(run: &Path, child: &mut Child, lines: usize) {
     let begun = Instant::now();
     while lines_of(run) < lines && child.try_wait().unwrap().is_none() {
@@ -59,7 +59,7 @@ pub fn wait_for_lines(run: &Path, child: &mut Child, lines: usize) {
     }
 }
 
-/// The files that are to be the same bytes, however often a run was cut short.
+/// Asserts that a run has the same files as the unbroken one, byte for byte, and left no partial file.
 pub fn assert_same(run: &Path, unbroken: &Path, how: &str) {
     for file in ["metrics.jsonl", "last.safetensors", "best.safetensors"] {
         let (got, want) = (fs::read(run.join(file)).unwrap(), fs::read(unbroken.join(file)).unwrap());

@@ -353,7 +353,7 @@ mod tests {
                 assert_eq!(network.results(side).last(), Some(&[channels, rows]));
             }
         }
-        // Input and output of the pooling after the first convolution; for the small network, a residual sum.
+        // The largest operation: the pooling after the first convolution, or a residual sum.
         assert_eq!(resnet18.least_values(224), 64 * (112 * 112 + 56 * 56));
         assert_eq!(super::super::residual::small(8, 2, &device).least_values(48), 3 * 8 * 48 * 48);
     }

@@ -42,8 +42,10 @@ pub enum BackboneKind {
     Resnet50,
     /// BN-Inception with pretrainedmodels' weights, 10.3 M.
     BnInception,
-    /// The vision transformer ViT-S/16 with timm's or DINO's weights, 21.7 M.
+    /// The vision transformer ViT-S/16 with DINO's weights, 21.7 M.
     VitS16,
+    /// The same network with timm's AugReg weights, which take pictures scaled to -1..1.
+    VitS16Augreg,
 }
 
 impl BackboneKind {
@@ -54,16 +56,18 @@ impl BackboneKind {
             Self::Residual | Self::Resnet18 | Self::Resnet50 | Self::VitS16 => Preprocessing::default(),
             Self::EfficientnetLite0 => Preprocessing::centred(),
             Self::BnInception => Preprocessing::caffe(),
+            Self::VitS16Augreg => Preprocessing::symmetric(),
         }
+    }
+
+    fn is_transformer(self) -> bool {
+        matches!(self, Self::VitS16 | Self::VitS16Augreg)
     }
 
     /// Default pooling of the features.
     #[must_use]
     pub fn pooling(self) -> PoolingKind {
-        match self {
-            Self::VitS16 => PoolingKind::Cls,
-            _ => PoolingKind::Avg,
-        }
+        if self.is_transformer() { PoolingKind::Cls } else { PoolingKind::Avg }
     }
 
     /// Checks the settings that the backbone is combined with.
@@ -86,18 +90,18 @@ impl BackboneKind {
                 "needs --backbone NAME: there are no published weights of the residual network",
             );
         }
-        if self == Self::VitS16 && !image_size.is_multiple_of(vision_transformer::PATCH) {
+        if self.is_transformer() && !image_size.is_multiple_of(vision_transformer::PATCH) {
             return Err(Error::misuse(
                 "image-size",
                 image_size,
-                "must be a multiple of 16: vit-s16 cuts pictures into patches of 16 x 16",
+                "must be a multiple of 16: the vision transformer cuts pictures into patches of 16 x 16",
             ));
         }
-        if self != Self::VitS16 && pooling == Some(PoolingKind::Cls) {
+        if !self.is_transformer() && pooling == Some(PoolingKind::Cls) {
             return invalid(
                 "pooling",
                 "cls",
-                "give avg, max, avg+max or gem: only vit-s16 has a class token",
+                "give avg, max, avg+max or gem: only the vision transformer has a class token",
             );
         }
         Ok(())
@@ -129,7 +133,9 @@ impl Backbone {
             BackboneKind::EfficientnetLite0 => Self::Graph(efficientnet::lite0(device)),
             BackboneKind::Resnet18 => Self::Graph(resnet::resnet18(device)),
             BackboneKind::Resnet50 => Self::Graph(resnet::resnet50(device)),
-            BackboneKind::VitS16 => Self::VisionTransformer(VisionTransformer::small(device)),
+            BackboneKind::VitS16 | BackboneKind::VitS16Augreg => {
+                Self::VisionTransformer(VisionTransformer::small(device))
+            }
             BackboneKind::BnInception => Self::Graph(bn_inception::bn_inception(device)),
         }
     }
