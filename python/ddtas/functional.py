@@ -107,14 +107,17 @@ def loss(
 
     `embeddings` `[B, D]` are compared with each other, or with `references` `[N, D]` of the same type (a memory bank). Rows must
     have unit length: norms may differ from 1 by 0.001, in float16 by 0.002, in bfloat16 by 0.01. `check=False` skips the check
-    for that and for NaN; bad rows then give a meaningless loss. `identity` says which references are the anchors themselves, as
-    no row makes a pair with itself: the index of the reference that is anchor 0, if the other anchors follow it, or an index for
-    each anchor, `[B]`, -1 for none. Without it the loss recognises exact duplicates, which is enough if both sides hold the same
-    bits. The output's `gradient` is `[B, D]` in float32; with `reference_gradient=True` and references it also has
-    `reference_gradient`, `[N, D]`. float64 rows are for gradient checks: the scalar reference computes them in float64, and
-    stores B x N matrices.
+    for that and for NaN; bad rows then give a meaningless loss. float64 rows are for gradient checks: the scalar reference
+    computes them in float64, and stores B x N matrices.
 
-    Raises ValueError for wrong shapes, labels, settings and bad rows, TypeError for wrong types.
+    No row makes a pair with itself. `identity` says which references are the anchors themselves: the index of the reference that
+    is anchor 0, if the other anchors follow it, or an index for each anchor, `[B]`, -1 for none. Without it the loss recognises
+    exact duplicates, which is enough if both sides hold the same bits.
+
+    The output's `gradient` is `[B, D]` in float32 (float64 for float64 rows). `reference_gradient=True` also computes its
+    `reference_gradient`, `[N, D]`, if there are references.
+
+    Raises ValueError for wrong shapes or labels and for bad rows, TypeError for wrong types.
     """
     _check_settings(settings)
     context = context_of(context)

@@ -81,7 +81,7 @@ class SoftContrastiveLoss(nn.Module):
     a GPU, gives it when `statistics` is read. Other calls also warn of the first batch without two rows of one class, or with
     rows of one class only.
 
-    Settings can be changed between calls: `loss.alpha = 20`. So can `mining`, the tolerances and both thresholds.
+    Settings can be changed between calls: `loss.alpha = 20`, and likewise `mining`, the tolerances and both thresholds.
     """
 
     mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta = map(

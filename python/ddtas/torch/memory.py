@@ -91,7 +91,7 @@ class CrossBatchMemory(nn.Module):
         if not isinstance(loss, SoftContrastiveLoss):
             raise TypeError(
                 f"CrossBatchMemory takes a ddtas.torch.SoftContrastiveLoss, not {type(loss).__name__}: "
-                "another loss has a memory of its own library"
+                "for another loss use the memory of its own library"
             )
         if type(loss).forward is not SoftContrastiveLoss.forward:
             name = type(loss).__name__
