@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 
 use crate::error::raise;
 
-/// A workspace on the processor, and the threads that compute in it: `Context(threads=None, budget=None)`.
+/// A workspace on the CPU, and the threads that compute in it: `Context(threads=None, budget=None)`.
 ///
 /// Pass it as `context=` to `loss`, `evaluate` and the other calls; without one each thread has its own.
 /// Calls on one context take turns; two contexts compute side by side. The result depends on neither

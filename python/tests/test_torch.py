@@ -269,7 +269,7 @@ def test_settings_change_between_calls():
         loss, want = SoftContrastiveLoss(), SoftContrastiveLoss(**{name: value})
         before = loss(embeddings, labels)
         setattr(loss, name, value)
-        assert getattr(loss, name) == value and repr(loss) == repr(want)
+        assert getattr(loss, name) == value and repr(loss) == repr(want) and loss.settings == want.settings
         assert loss(embeddings, labels) == want(embeddings, labels) != before
     with pytest.raises(ValueError, match="alpha = 0 is out of range"):
         loss.alpha = 0

@@ -22,13 +22,13 @@ _TOTAL_POS, _TOTAL_NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_
 
 
 def _setting(name: str) -> Any:
-    """A property of the loss for one field of its `settings`. Setting it affects later calls."""
+    """A property of the loss for one of its settings. Setting it affects later calls."""
 
     def change(loss: SoftContrastiveLoss, value: Any) -> None:
         _refuse_learned(**{name: value})
-        loss.settings = dataclasses.replace(loss.settings, **{name: value})
+        loss._settings = dataclasses.replace(loss._settings, **{name: value})
 
-    return property(lambda loss: getattr(loss.settings, name), change, doc=f"`{name}` of the settings.")
+    return property(lambda loss: getattr(loss._settings, name), change, doc=f"`{name}` of the settings.")
 
 
 class SoftContrastiveLoss(nn.Module):
@@ -119,7 +119,8 @@ class SoftContrastiveLoss(nn.Module):
         _refuse_learned(
             gamma=gamma, negative_ratio=negative_ratio, probe_ratio=probe_ratio, tolerance=tolerance, alpha=alpha, beta=beta
         )
-        self.settings = Settings(
+        # Its thresholds are those of the beginning.
+        self._settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
         # nn.Module registers a Parameter that is assigned.
@@ -211,7 +212,7 @@ class SoftContrastiveLoss(nn.Module):
     ) -> Tensor:
         if reference_labels is not None:
             reference_labels = reference_labels.to(rows.device, torch.int64)
-        settings, pos, neg = self.settings, self.lambda_pos, self.lambda_neg
+        settings, pos, neg = self._settings, self.lambda_pos, self.lambda_neg
         numbers = (
             settings.gamma,
             settings.negative_ratio,
@@ -247,6 +248,13 @@ class SoftContrastiveLoss(nn.Module):
             if references is None and isinstance(last, list) and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
                 self._warn_of_one_kind(last)
         return loss
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the next call, for `ddtas.torch.threshold_gradient`, for example; each is an attribute, too."""
+        return dataclasses.replace(
+            self._settings, lambda_pos=_number(self.lambda_pos), lambda_neg=_number(self.lambda_neg)
+        )
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -294,7 +302,7 @@ class SoftContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
         now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
-        values = dataclasses.asdict(self.settings) | now | {"normalize_embeddings": self.normalize_embeddings}
+        values = dataclasses.asdict(self._settings) | now | {"normalize_embeddings": self.normalize_embeddings}
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
