@@ -8,10 +8,11 @@ cd "$(dirname "$0")/.."
 
 source .ci/tools.sh
 
-# The same packages in each call, so that the kernels are compiled once.
+# The same packages in each call, always with their tests' dependencies: the kernels and the library are compiled once.
 packages=(-p ddtas -p ddtas-bench --features cuda)
-# The messages name the folder that this build wrote to; folders of earlier builds may exist beside it.
-out=$(cargo build --release "${packages[@]}" --message-format=json-render-diagnostics |
+# The messages name the folder that this build wrote to; folders of earlier builds may exist beside it. `settings` brings the program.
+tests=(--test cuda --test driver --test settings)
+out=$(cargo test --release --no-run "${packages[@]}" "${tests[@]}" --message-format=json-render-diagnostics |
     python3 -c '
 import json, pathlib, sys
 for message in map(json.loads, sys.stdin):

@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 
 source .ci/environment.sh
 install numpy==2.4.6 scikit-learn==1.9.1 safetensors==0.8.0
-source .ci/train.sh
-"$python" train/tests/evaluation.py --binary "$DDTAS_TRAIN"
+cargo build --release --quiet --bin ddtas-train
+"$python" train/tests/evaluation.py --binary target/release/ddtas-train
