@@ -2,7 +2,7 @@
 
 use ddtas::backend::Backend;
 use ddtas::loss::{self, Batch, PairTotals, Rows};
-use ddtas::retrieval::{NMI_STEPS, Recall, Sought, judge, nmi, recall};
+use ddtas::retrieval::{NMI_STEPS, Recall, SearchTask, evaluate_queries, nmi, recall};
 use ddtas::threads::{MOST_THREADS, available};
 use pyo3::prelude::*;
 
@@ -245,11 +245,11 @@ pub fn metrics_of_queries(
     let mut all =
         MetricColumns { first: nothing(), r_precision: nothing(), average_precision: nothing(), labels };
     let gallery = batch.references.as_ref().map(Rows::view);
-    let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
-    judge(backend, &sought, ks, &mut |judged| {
-        all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
-        all.r_precision[judged.query] = judged.r_precision;
-        all.average_precision[judged.query] = judged.average_precision;
+    let task = SearchTask { queries: batch.anchors.view(), gallery, identity: batch.identity };
+    evaluate_queries(backend, &task, ks, &mut |metrics| {
+        all.first[metrics.query] = metrics.first.map_or(-1.0, |place| place as f64);
+        all.r_precision[metrics.query] = metrics.r_precision;
+        all.average_precision[metrics.query] = metrics.average_precision;
     })?;
     Ok(all)
 }

@@ -59,15 +59,15 @@ pub fn evaluate(
     let ks = sorted(ks)?;
     let deepest = deepest(&ks);
     let mut totals = Totals { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
-    let add = &mut |judged: &Judged| totals.add(judged);
-    let sought = Sought::by_value(queries, gallery);
-    judge_within(&ROOM, backend, &sought, |answers| deepest.max(answers), add, progress)?;
+    let add = &mut |metrics: &QueryMetrics| totals.add(metrics);
+    let task = SearchTask::by_value(queries, gallery);
+    evaluate_queries_within(&ROOM, backend, &task, |answers| deepest.max(answers), add, progress)?;
     Ok(totals.finish(queries.labels.len()))
 }
 
 /// Queries, and the rows they are searched among: a gallery, or each other.
 #[derive(Debug, Clone, Copy)]
-pub struct Sought<'a> {
+pub struct SearchTask<'a> {
     /// The queries.
     pub queries: Rows<'a>,
     /// `None`: the queries, each left out of its own list.
@@ -77,7 +77,7 @@ pub struct Sought<'a> {
     pub identity: Identity<'a>,
 }
 
-impl<'a> Sought<'a> {
+impl<'a> SearchTask<'a> {
     /// Queries in a gallery that holds none of them, or among themselves.
     pub(super) fn by_value(queries: &'a Rows<'_>, gallery: Option<&'a Rows<'_>>) -> Self {
         Self { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue }
@@ -116,7 +116,7 @@ impl<'a> Sought<'a> {
 
 /// Metrics of one query's list.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Judged {
+pub struct QueryMetrics {
     /// Row number of the query.
     pub query: usize,
     /// Rank of the first answer, from 0, if the list holds one.
@@ -133,28 +133,28 @@ pub struct Judged {
 /// # Errors
 /// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that names no row
 /// of the gallery or one of another label than its query's.
-pub fn judge(
+pub fn evaluate_queries(
     backend: &mut dyn Backend,
-    sought: &Sought<'_>,
+    task: &SearchTask<'_>,
     ks: &[usize],
-    each: &mut dyn FnMut(&Judged),
+    each: &mut dyn FnMut(&QueryMetrics),
 ) -> Result<()> {
     let deepest = deepest(&sorted(ks)?);
-    judge_within(&ROOM, backend, sought, |answers| deepest.max(answers), each, &mut |_, _| {})
+    evaluate_queries_within(&ROOM, backend, task, |answers| deepest.max(answers), each, &mut |_, _| {})
 }
 
-/// As [`judge`]; `depth` maps a query's number of answers to the length of its list.
-pub(super) fn judge_within(
+/// As [`evaluate_queries`]; `depth` maps a query's number of answers to the length of its list.
+pub(super) fn evaluate_queries_within(
     room: &Room,
     backend: &mut dyn Backend,
-    sought: &Sought<'_>,
+    task: &SearchTask<'_>,
     depth: impl Fn(usize) -> usize,
-    each: &mut dyn FnMut(&Judged),
+    each: &mut dyn FnMut(&QueryMetrics),
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
-    sought.validate()?;
-    let (queries, gallery) = (&sought.queries, sought.gallery.as_ref());
-    let answers = sought.answers();
+    task.validate()?;
+    let (queries, gallery) = (&task.queries, task.gallery.as_ref());
+    let answers = task.answers();
     let mut order = answerable(&answers);
     order.sort_by_key(|&query| depth(answers[query as usize] as usize));
 
@@ -162,7 +162,7 @@ pub(super) fn judge_within(
     let length = |query: u32| {
         // One more than asked for: a query that is among the rows searched is found too, and skipped.
         depth(answers[query as usize] as usize)
-            .saturating_add(usize::from(sought.has_queries()))
+            .saturating_add(usize::from(task.has_queries()))
             .min(kept.len())
     };
     let mut work = |gallery: &mut dyn PreparedGallery| {
@@ -171,14 +171,14 @@ pub(super) fn judge_within(
                 .nearest(&CopiedRows::new(queries, turn).rows(), longest)
                 .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))
         };
-        let mut judge = |query: u32, list: ArrayView1<'_, u32>| {
+        let mut evaluate_list = |query: u32, list: ArrayView1<'_, u32>| {
             let others = list.iter().filter(|&&index| index != Nearest::NONE);
-            let others = others.filter(|&&index| sought.itself(query) != Some(kept.original(index)));
+            let others = others.filter(|&&index| task.itself(query) != Some(kept.original(index)));
             let label = queries.labels[query as usize];
             let right = others.map(|&index| kept.label(index) == label);
-            each(&Judged::new(query as usize, right, answers[query as usize] as usize));
+            each(&QueryMetrics::new(query as usize, right, answers[query as usize] as usize));
         };
-        room.search(&order, length, search, &mut judge, progress)
+        room.search(&order, length, search, &mut evaluate_list, progress)
     };
     if order.is_empty() {
         return Ok(());
@@ -226,7 +226,7 @@ pub(super) fn answerable(answers: &[u32]) -> Vec<u32> {
     (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect()
 }
 
-impl Judged {
+impl QueryMetrics {
     /// Metrics of a query with `answers` answers, at least 1; `list`: whether each rank holds one.
     fn new(query: usize, list: impl Iterator<Item = bool>, answers: usize) -> Self {
         let (mut first, mut found, mut precisions) = (None, 0, 0.0);
@@ -255,10 +255,10 @@ struct Totals {
 }
 
 impl Totals {
-    fn add(&mut self, judged: &Judged) {
-        self.hits.add(judged.first);
-        self.r_precision += judged.r_precision;
-        self.average_precision += judged.average_precision;
+    fn add(&mut self, metrics: &QueryMetrics) {
+        self.hits.add(metrics.first);
+        self.r_precision += metrics.r_precision;
+        self.average_precision += metrics.average_precision;
     }
 
     /// The means; `count` is the number of all queries.
@@ -338,10 +338,11 @@ mod tests {
         let (recall, precision, average, counted) = plain(queries, gallery);
         let (mut heard, mut backend) = (Vec::new(), CpuBackend::new());
         let mut totals = Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
-        let mut add = |judged: &Judged| totals.add(judged);
+        let mut add = |metrics: &QueryMetrics| totals.add(metrics);
         let mut hear = |done, total| heard.push((done, total));
-        let sought = Sought::by_value(queries, gallery);
-        judge_within(room, &mut backend, &sought, |answers| answers.max(500), &mut add, &mut hear).unwrap();
+        let task = SearchTask::by_value(queries, gallery);
+        evaluate_queries_within(room, &mut backend, &task, |answers| answers.max(500), &mut add, &mut hear)
+            .unwrap();
         let got = totals.finish(queries.labels.len());
         assert_eq!(recall_within(room, &mut backend, queries, gallery, &KS).unwrap(), got.recall);
         assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
@@ -381,17 +382,18 @@ mod tests {
         let alone = evaluate(&mut CpuBackend::new(), &all, None, &KS, &mut |_, _| {}).unwrap();
         let list: Vec<u32> = (0..labels.len() as u32).collect();
         for identity in [Identity::From(0), Identity::List(&list)] {
-            let sought = Sought { queries: all.view(), gallery: Some(all.view()), identity };
+            let task = SearchTask { queries: all.view(), gallery: Some(all.view()), identity };
             let mut totals =
                 Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
-            judge(&mut CpuBackend::new(), &sought, &KS, &mut |judged| totals.add(judged)).unwrap();
+            evaluate_queries(&mut CpuBackend::new(), &task, &KS, &mut |metrics| totals.add(metrics)).unwrap();
             let got = totals.finish(labels.len());
             assert_eq!(got.recall, alone.recall);
             assert!((got.r_precision - alone.r_precision).abs() < 1e-12);
             assert!((got.map_at_r - alone.map_at_r).abs() < 1e-12);
         }
-        let wrong = Sought { queries: all.view(), gallery: Some(all.view()), identity: Identity::From(1) };
-        let refused = judge(&mut CpuBackend::new(), &wrong, &KS, &mut |_| {});
+        let wrong =
+            SearchTask { queries: all.view(), gallery: Some(all.view()), identity: Identity::From(1) };
+        let refused = evaluate_queries(&mut CpuBackend::new(), &wrong, &KS, &mut |_| {});
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "identity", .. })));
     }
 

@@ -18,7 +18,7 @@ mod mutual_information;
 mod recall;
 mod rows;
 
-pub use evaluate::{Judged, Metrics, Sought, evaluate, judge};
+pub use evaluate::{Metrics, QueryMetrics, SearchTask, evaluate, evaluate_queries};
 pub use k_means::{Clusters, KMeansSettings, k_means};
 pub use mutual_information::{NMI_STEPS, classes, nmi, normalized_mutual_information};
 pub use recall::{Recall, recall, recall_by};

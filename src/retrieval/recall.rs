@@ -2,7 +2,7 @@
 
 use ndarray::ArrayView1;
 
-use super::evaluate::{Judged, ROOM, Room, Sought, answerable, judge_within};
+use super::evaluate::{QueryMetrics, ROOM, Room, SearchTask, answerable, evaluate_queries_within};
 use super::rows::{answers, kept};
 use crate::backend::{Backend, Nearest, Picked};
 use crate::loss::Rows;
@@ -57,9 +57,9 @@ pub(super) fn recall_within(
     let ks = sorted(ks)?;
     let deepest = deepest(&ks);
     let mut hits = Hits::new(ks);
-    let sought = Sought::by_value(queries, gallery);
-    let add = &mut |judged: &Judged| hits.add(judged.first);
-    judge_within(room, backend, &sought, |_| deepest, add, &mut |_, _| {})?;
+    let task = SearchTask::by_value(queries, gallery);
+    let add = &mut |metrics: &QueryMetrics| hits.add(metrics.first);
+    evaluate_queries_within(room, backend, &task, |_| deepest, add, &mut |_, _| {})?;
     Ok(hits.finish(queries.labels.len()))
 }
 
