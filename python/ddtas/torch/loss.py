@@ -241,12 +241,13 @@ class SoftContrastiveLoss(nn.Module):
         )
         if not torch.compiler.is_compiling():
             last = self._engine.last
-            # Skips `_warn` for most batches, by cheaper conditions.
-            if isinstance(last, list) and (last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
-                self._warn(last)
-            # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
-            if references is None and isinstance(last, list) and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
-                self._warn_of_one_kind(last)
+            if isinstance(last, list):
+                # Skips `_warn` for most batches, by cheaper conditions.
+                if last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE):
+                    self._warn(last)
+                # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
+                if references is None and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
+                    self._warn_of_one_kind(last)
         return loss
 
     @property
@@ -275,29 +276,35 @@ class SoftContrastiveLoss(nn.Module):
     def _warn(self, last: list[float]) -> None:
         """Warns once each of ignored rows, rows that are not finite, and a collapse."""
         ignored, not_finite, spread = last[-2], last[-1], _spread(last)
-        if ignored and "ignored" not in self._warned:
-            self._warned.add("ignored")
-            _warn(f"rows with a negative label: {ignored:.0f}; they take part in no pair")
-        if not_finite and "not_finite" not in self._warned:
-            self._warned.add("not_finite")
-            _warn(f"rows that are not finite: {not_finite:.0f}; the memory leaves them out of every pair and queues none")
-        if spread < COLLAPSED and "collapse" not in self._warned:
-            self._warned.add("collapse")
-            _warn(
+        if ignored:
+            self._warn_once("ignored", f"rows with a negative label: {ignored:.0f}; they take part in no pair")
+        if not_finite:
+            self._warn_once(
+                "not_finite",
+                f"rows that are not finite: {not_finite:.0f}; the memory leaves them out of every pair and queues none",
+            )
+        if spread < COLLAPSED:
+            self._warn_once(
+                "collapse",
                 f"the embeddings have collapsed: all rows are nearly equal (spread {spread:.1e}), so that little or nothing "
-                "is mined; lower the learning rate or start from other weights"
+                "is mined; lower the learning rate or start from other weights",
             )
 
     def _warn_of_one_kind(self, last: list[float]) -> None:
         # Collapsed rows count as duplicates of each other, which make no pairs; `_warn` warns of the collapse.
-        if "pairs" not in self._warned and not _spread(last) < COLLAPSED:
-            self._warned.add("pairs")
-            _warn(
+        if not _spread(last) < COLLAPSED:
+            self._warn_once(
+                "pairs",
                 "all rows of the batch are of one class, so its loss is 0: shuffle, or draw rows of several classes"
                 if last[_TOTAL_POS]
                 else "the batch has no two different rows of one class, so its loss is 0: draw several rows of each class "
-                "(pytorch-metric-learning's MPerClassSampler does)"
+                "(pytorch-metric-learning's MPerClassSampler does)",
             )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _warn(message)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""

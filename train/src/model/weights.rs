@@ -132,17 +132,13 @@ fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> 
         .collect();
     // Two backbones can be one network, with pictures scaled in different ways.
     let names = |fits: &dyn Fn(&Layout) -> bool| {
-        let names: Vec<&str> =
-            layouts.iter().filter(|(_, other)| fits(other)).map(|(name, _)| name.as_str()).collect();
-        names.join(" or ")
+        let fitting = layouts.iter().filter(|(_, other)| fits(other)).map(|(name, _)| name.clone());
+        fitting.reduce(|names, name| names + " or " + &name)
     };
-    let own = match names(&|other| other == layout) {
-        none if none.is_empty() => "this network".to_owned(),
-        names => names,
-    };
+    let own = names(&|other| other == layout).unwrap_or_else(|| "this network".to_owned());
     match names(&|other| mismatch(other, stored).is_none()) {
-        none if none.is_empty() => format!("not weights of {own}: {reason}"),
-        others => format!("not weights of {own} ({reason}); they fit --backbone {others}"),
+        Some(others) => format!("not weights of {own} ({reason}); they fit --backbone {others}"),
+        None => format!("not weights of {own}: {reason}"),
     }
 }
 
