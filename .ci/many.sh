@@ -24,14 +24,15 @@ python() {
     root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")
     target/release/ddtas-train splits --dataset cub200 --data-root "$root" >"$place/splits.tsv"
     recipe=(examples/python/train.py "$place/splits.tsv" --image-size 32 --embedding-dim 32 --classes-per-batch 5 --images-per-class 4
-        --learning-rate 0.003 --workers 0)
+        --learning-rate 0.003 --workers 0 --lambda 0.5 --generator head)
     torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node)
     export OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1
 
     echo "three processes train as one does"
     "$python" "${recipe[@]}" --steps 30 --out "$place/one" >"$place/one.txt"
     "${torchrun[@]}" 3 "${recipe[@]}" --steps 30 --out "$place/three" >"$place/three.txt" 2>"$place/log" || said
-    paste -d ' ' <(sed -n 's/.*loss //p' "$place/one.txt") <(sed -n 's/.*loss //p' "$place/three.txt") | awk '
+    losses() { sed -n 's/.*loss \([0-9.]*\), lambda .*/\1/p' "$place/$1.txt"; }
+    paste -d ' ' <(losses one) <(losses three) | awk '
         { if ($1 <= 0 || ($2 - $1) ^ 2 > (0.01 * $1) ^ 2) { print "step " 10 * NR ": " $1 " and " $2; wrong = 1 } }
         END { exit wrong || NR != 3 }'
     tail -n 1 "$place/three.txt"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator, evaluate
 from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
@@ -144,6 +144,10 @@ def main() -> None:
     norm_help = "What BatchNorm does: keeps its statistics, uses those of the process's pictures, or of all (GPUs only)."
     parser.add_argument("--batch-norm", choices=["frozen", "trainable", "synchronised"], default="frozen", help=norm_help)
     parser.add_argument("--memory-size", type=int, default=0, help="Rows of earlier batches to compare with; 0 for none.")
+    lambda_help = "Loss threshold; the first one if it is learned."
+    parser.add_argument("--lambda", dest="threshold", metavar="LAMBDA", type=float, default=0.7, help=lambda_help)
+    generator_help = "Whether the threshold is learned, by a virtual step of the embedding head."
+    parser.add_argument("--generator", choices=["off", "head"], default="off", help=generator_help)
     parser.add_argument("--amp", action="store_true", help="Run the network in bfloat16 where torch's autocast does.")
     parser.add_argument("--save-every", type=int, default=200, help="Steps between two checkpoints.")
     parser.add_argument("--workers", type=int, default=4, help="Processes that read pictures, for each training process.")
@@ -176,9 +180,13 @@ def main() -> None:
     if options.batch_norm == "synchronised":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     group = dist.group.WORLD if ranks > 1 else None
-    loss_fn = SoftContrastiveLoss(group=group, uneven=True)
+    loss_fn = pair_loss = SoftContrastiveLoss(lambda_pos=options.threshold, lambda_neg=options.threshold, group=group, uneven=True)
     if options.memory_size:
         loss_fn = CrossBatchMemory(loss_fn, options.embedding_dim, options.memory_size)
+    generator, seen = None, {}
+    if options.generator == "head":
+        generator = ThresholdGenerator(pair_loss, network.head)
+        network.head.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate)
     checkpoint, first = options.out / "checkpoint.pt", 0
     if options.resume:
@@ -186,6 +194,8 @@ def main() -> None:
         network.load_state_dict(state["network"])
         loss_fn.load_state_dict(state["loss"])
         optimizer.load_state_dict(state["optimizer"])
+        if generator:
+            generator.load_state_dict(state["generator"])
         first = state["step"]
 
     train = Pictures(lines, "train", options)
@@ -200,15 +210,19 @@ def main() -> None:
                     layer.eval()
         with torch.autocast(device.type, torch.bfloat16) if options.amp else nullcontext():
             rows = parallel(pictures.to(device))
+            if generator:
+                generator.step(seen["features"], labels.to(device))
         loss = loss_fn(rows, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 10 == 0 or step == options.steps:
-            say(f"step {step}, loss {loss.item():.6f}", flush=True)
+            learned = f", lambda {pair_loss.settings.lambda_pos:.4f}" if generator else ""
+            say(f"step {step}, loss {loss.item():.6f}{learned}", flush=True)
         if rank == 0 and (step % options.save_every == 0 or step == options.steps):
             options.out.mkdir(parents=True, exist_ok=True)
             state = {"network": network.state_dict(), "loss": loss_fn.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"generator": generator.state_dict()} if generator else {}
             torch.save(state | {"step": step}, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)  # Whole, or the one before.
 

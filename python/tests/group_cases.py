@@ -12,12 +12,12 @@ import pickle
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator
 from formula import unit_rows
 from torch.nn.parallel import DistributedDataParallel
 
@@ -275,6 +275,34 @@ def a_gpu_s_way_has_the_same_answers(world):
         assert torch.equal(found[1][1], found[0][1]) and found[1][3] == found[0][3] > 0
 
 
+def a_generator_learns_as_in_one_process(world):
+    torch.manual_seed(4)
+    head = torch.nn.Linear(DIM, 5)
+    for counts in (world.even(), world.uneven()):
+        one = ThresholdGenerator(SoftContrastiveLoss(), head)
+        many = ThresholdGenerator(SoftContrastiveLoss(group=world.group, uneven=True), head)
+        own, learned = world.own(counts), []
+        for seed in range(3):
+            rows, labels = batch(sum(counts), seed)
+            one.step(rows, labels)
+            many.step(rows[own], labels[own])
+            pos = many.loss.lambda_pos
+            assert world.same(pos)
+            close(pos, one.loss.lambda_pos, 1e-9)
+            learned.append(pos.item())
+        meta, meta_labels = batch(sum(counts), 9)
+        many.step(rows[own], labels[own], (meta[own], meta_labels[own]))
+        one.step(rows, labels, (meta, meta_labels))
+        close(many.hypergradient, one.hypergradient, 1e-6)
+        assert learned[0] == 0.7 and learned[2] != learned[1] != 0.7
+    wrong = head if world.rank else torch.nn.Linear(DIM + 1, 5)
+    generator = ThresholdGenerator(SoftContrastiveLoss(group=world.group), wrong)
+    with raises(ValueError, "of a threshold generator") if world.size > 1 else nullcontext():
+        generator.step(torch.zeros(6, wrong.in_features), torch.arange(6))
+    with raises(ValueError, "labels of the batch"):
+        generator.step(torch.zeros(6, DIM), torch.arange(6 - (world.rank == 0)))
+
+
 def half_precision_travels_as_it_is(world):
     counts = world.even(30)
     rows, labels = batch(sum(counts))
@@ -374,6 +402,7 @@ CASES = [
     references_are_the_same_everywhere,
     memories_are_alike,
     a_gpu_s_way_has_the_same_answers,
+    a_generator_learns_as_in_one_process,
     half_precision_travels_as_it_is,
     distributed_data_parallel_trains_as_one_process,
     synchronised_batch_norm_is_torch_s_own,

@@ -34,6 +34,20 @@ def test_the_steps_of_a_part_run():
     np.testing.assert_array_equal(names["gradient"], whole.gradient)
 
 
+def test_the_generator_example_learns():
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    from ddtas.torch import SoftContrastiveLoss, ThresholdGenerator
+
+    (block,) = [block for block in blocks("docs/python.md") if "generator.step" in block]
+    model = torch.nn.Module()
+    model.backbone, model.head = torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)
+    drawn = [unit_rows(30, 6, seed) for seed in range(3)]
+    loader = [(torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)) for rows, labels in drawn]
+    names = {"SoftContrastiveLoss": SoftContrastiveLoss, "ThresholdGenerator": ThresholdGenerator, "model": model, "loader": loader}
+    exec(block, names)
+    assert model.head.weight.grad.any() and names["loss_fn"].settings.lambda_pos not in (0.5, 0.7)
+
+
 @pytest.mark.parametrize("document, mark", [("docs/python.md", "# before"), ("docs/python.md", "# after"), ("python/README.md", "from ddtas.torch")])
 def test_the_torch_examples_train(document, mark):
     torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
