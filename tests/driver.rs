@@ -236,7 +236,7 @@ fn kernels_overlap_their_starts_where_the_gpu_can() {
 #[test]
 fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
     let fake = Fake::load();
-    let streams: [*mut c_void; 3] = [0x10, 0x20, 0x30].map(std::ptr::without_provenance_mut);
+    let streams: [*mut c_void; 4] = [0x10, 0x20, 0x30, 0x40].map(std::ptr::without_provenance_mut);
     let device = unsafe { CudaDevice::on_stream(0, streams[0]) }.unwrap();
     let mut backend = CudaBackend::new(device, Options::default());
     let (e, labels) = rows();
@@ -274,15 +274,26 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
     assert_eq!(
         (waits(), fake.get("fake_asked")),
         (1, asked),
-        "a capture waits for nothing and asks for nothing"
+        "a capture waits for nothing outside and asks for nothing"
     );
     assert_eq!(unsafe { gpu.capture(streams[2]) }.unwrap(), Some(7));
     let refused = run(streams[2], 200).unwrap_err();
     assert!(refused.to_string().contains("while a graph is captured: call it once with this shape"));
     assert_eq!(fake.get("fake_asked"), asked);
     run(streams[2], 150).unwrap();
+    assert_eq!(waits(), 1, "the same stream of the capture");
+    fake.set_pointer("fake_captured_too", streams[3]);
+    run(streams[3], 150).unwrap();
+    run(streams[2], 150).unwrap();
+    assert_eq!(waits(), 3, "branches of one capture, which share a workspace");
     fake.set_pointer("fake_captured", null_mut());
+    fake.set_pointer("fake_captured_too", null_mut());
     run(streams[0], 200).unwrap();
+    assert_eq!(waits(), 4, "after the capture");
+    let per_thread = std::ptr::without_provenance_mut(2);
+    run(per_thread, 150).unwrap();
+    run(per_thread, 150).unwrap();
+    assert_eq!(waits(), 6, "a stream that is another one in each thread");
     drop(backend);
     assert_eq!(fake.get("fake_failures"), 0);
 }

@@ -455,6 +455,7 @@ struct DiagonalProducts {
     }
     DEVICE void add(const unsigned char *stage) const {
         Descriptor rows = k_major_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        warp_sync();  // the lanes' branches in copies end here
         wgmma_fence();
         multiply_k_block<Precision>(acc, rows, rows);
         wgmma_commit();
@@ -469,6 +470,7 @@ DEVICE void prepare_hopper_body(const PrepareParams &p) {
     DiagonalSums acc;
     clear(acc);
     prepare_rows<Precision, Given>(p, ring, DiagonalProducts<Precision, kRounded<Precision, Given>>{acc});
+    warp_sync();  // the lanes' branches in `check_rows` end here
     wgmma_wait<0>();
     fence_accumulators(acc);
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalLayout>(p, acc);

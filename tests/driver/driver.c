@@ -46,26 +46,30 @@ result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
 result cuStreamSynchronize(void *stream) { return ask(), (void)stream, here(); }
 result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
-/* The stream that counts as captured, set by a test; null: none. */
-void *fake_captured;
+/* The streams that are in a capture, set by a test; null: none. */
+void *fake_captured, *fake_captured_too;
 int fake_waits;
+static int captured(void *stream) { return stream && (stream == fake_captured || stream == fake_captured_too); }
+/* What an event holds: where it was recorded last. */
+enum { NOWHERE, OUTSIDE, IN_CAPTURE };
 result cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *number, void *graph, void *nodes, void *edges,
                                  void *count) {
     (void)graph, (void)nodes, (void)edges, (void)count;
-    *status = fake_captured && stream == fake_captured, *number = 7;
+    *status = captured(stream), *number = 7;
     return here();
 }
 result cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
-    return (void)stream, (void)flags, fake_waits++, event ? here() : fail(INVALID_VALUE);
+    (void)flags, fake_waits++;
+    /* An event of a capture cannot be waited for outside of it; one from outside would be no part of the graph. */
+    return event && *(int *)event == (captured(stream) ? IN_CAPTURE : OUTSIDE) ? here() : fail(INVALID_VALUE);
 }
-result cuEventCreate(void **event, unsigned flags) { return (void)flags, *event = &fake_waits, here(); }
+result cuEventCreate(void **event, unsigned flags) {
+    return (void)flags, *event = calloc(1, sizeof(int)), here();
+}
 result cuEventRecord(void *event, void *stream) {
-    /* In a capture the event would become part of the graph. */
-    if (fake_captured && stream == fake_captured)
-        return fail(INVALID_VALUE);
-    return event ? here() : fail(INVALID_VALUE);
+    return event ? (*(int *)event = captured(stream) ? IN_CAPTURE : OUTSIDE, here()) : fail(INVALID_VALUE);
 }
-result cuEventDestroy_v2(void *event) { return (void)event, here(); }
+result cuEventDestroy_v2(void *event) { return free(event), here(); }
 result cuModuleLoadData(void **module, const void *image) {
     return (void)image, *module = (void *)(uintptr_t)++images, here();
 }

@@ -16,8 +16,10 @@ use crate::{Error, Result};
 /// Fields are dropped in this order: the stream waits for the kernels before their module is unloaded.
 pub struct CudaDevice {
     pub(super) stream: Stream,
-    /// Recorded behind the work that was issued last, see [`CudaDevice::mark`].
-    pub(super) issued: Event,
+    /// Recorded behind the work that was issued last outside of captures, see [`CudaDevice::mark`].
+    issued: Event,
+    /// The same in a capture.
+    captured: Event,
     module: Module,
     context: Primary,
     properties: DeviceProperties,
@@ -76,14 +78,14 @@ impl CudaDevice {
 
     fn with(context: Primary, stream: Stream) -> Result<Self> {
         let module = Module::load(context.clone())?;
-        let issued = Event::new(context.clone())?;
+        let (issued, captured) = (Event::new(context.clone())?, Event::new(context.clone())?);
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
         let traced = std::env::var_os("DDTAS_TRACE_KERNELS").is_some();
         let properties = DeviceProperties { multiprocessors, warpgroup_products: major == 9 };
-        Ok(Self { stream, issued, module, context, properties, major, traced })
+        Ok(Self { stream, issued, captured, module, context, properties, major, traced })
     }
 
     /// Makes the context current in this thread until the result, which restores the caller's, is dropped.
@@ -91,6 +93,9 @@ impl CudaDevice {
         self.context.enter()
     }
 }
+
+/// `CU_STREAM_PER_THREAD`: a different stream in each thread.
+const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 
 /// The address of `bytes` bytes from `offset` on.
 fn within(buffer: &CudaBuffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
@@ -103,7 +108,8 @@ fn within(buffer: &CudaBuffer, offset: usize, bytes: usize) -> Result<sys::CUdev
 }
 
 impl CudaDevice {
-    /// Works on `stream` from now on, after everything issued before the last [`mark`](Self::mark).
+    /// Works on `stream` from now on, after everything issued before the last [`mark`](Self::mark). In a capture it waits
+    /// for what was issued in the same capture only, since a graph is replayed after its caller has waited.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
@@ -114,12 +120,11 @@ impl CudaDevice {
     pub unsafe fn follow(&mut self, stream: *mut c_void) -> Result<()> {
         let _kept = self.enter()?;
         let raw: sys::CUstream = stream.cast();
-        // A capture needs no wait: its caller waited before beginning it, and replays it in order.
-        if raw != self.stream.raw() && self.issued.recorded && capture_of(raw)?.is_none() {
-            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-            // SAFETY: the caller's promise; the event lives as long as `self`.
-            let waited = unsafe { result::stream::wait_event(raw, self.issued.raw, flags) };
-            check("cuStreamWaitEvent", waited)?;
+        if raw != self.stream.raw() || raw == PER_THREAD {
+            let capture = capture_of(raw)?;
+            let event = if capture.is_none() { &self.issued } else { &self.captured };
+            // SAFETY: the caller's promise; the context is current.
+            unsafe { event.wait(raw, capture) }?;
         }
         // SAFETY: handed on to the caller.
         unsafe { self.stream.borrow(raw) };
@@ -132,14 +137,11 @@ impl CudaDevice {
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
     pub fn mark(&mut self) -> Result<()> {
         let _kept = self.enter()?;
-        // An event recorded in a capture cannot be waited for outside of it.
-        if capture_of(self.stream.raw())?.is_none() {
-            // SAFETY: both live as long as `self`.
-            let recorded = unsafe { result::event::record(self.issued.raw, self.stream.raw()) };
-            check("cuEventRecord", recorded)?;
-            self.issued.recorded = true;
-        }
-        Ok(())
+        let stream = self.stream.raw();
+        let capture = capture_of(stream)?;
+        let event = if capture.is_none() { &mut self.issued } else { &mut self.captured };
+        // SAFETY: the stream lives until another one is followed; the context is current.
+        unsafe { event.record(stream, capture) }
     }
 }
 

@@ -106,8 +106,10 @@ impl Shape {
     pub fn check(&self) -> Result<()> {
         let counts = [self.anchors, self.reference_count()];
         let counted = counts.iter().all(|&count| count <= (1 << 31) - TILE as usize);
+        // The largest grid is that of `weigh`.
+        let blocks = || self.tiles() + self.weigh_blocks();
         // Padded rows, copies included, take 16 bytes an entry: 2^57 bytes at most.
-        if counted && self.dim <= MOST_DIMENSIONS && self.total <= MOST_ROWS && self.tiles() < 1 << 31 {
+        if counted && self.dim <= MOST_DIMENSIONS && self.total <= MOST_ROWS && blocks() < 1 << 31 {
             return Ok(());
         }
         let [anchors, references] = counts;
@@ -220,12 +222,14 @@ mod tests {
             (8, None, usize::MAX),
             (1 << 31, None, 1),
             (1 << 20, None, 8),
+            (65_534 * 128, None, 8),
+            (65_535 * 128, None, 8),
             (1, Some(most), 1 << 22),
             (1, None, (1 << 22) + 1),
         ] {
             let shape = Shape { references, ..Shape::square(anchors, dim, Precision::F32) };
             let refused = shape.check();
-            let fits = anchors == 1 << 20 || dim == 1 << 22;
+            let fits = [1 << 20, 65_534 * 128].contains(&anchors) || dim == 1 << 22;
             assert_eq!(refused.is_ok(), fits, "{anchors} x {references:?} x {dim}");
         }
         let part = |total| Shape { total, ..Shape::square(8, 8, Precision::F32) }.check().is_ok();
