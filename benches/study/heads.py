@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddtas
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator
 
 DIMENSIONS, PER_CLASS = 512, 5
 
@@ -136,11 +136,14 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
-def train(task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps: int) -> tuple[float, float]:
-    """Trains a head and returns Recall@1 and MAP@R of the test rows, in per cent."""
+def train(
+    task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps: int, generate: Callable[[nn.Module], ThresholdGenerator] | None = None
+) -> tuple[float, float]:
+    """Trains a head and returns Recall@1 and MAP@R of the test rows, in per cent. `generate` makes a threshold generator for the head."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     head = nn.Linear(task.rows.shape[2], DIMENSIONS)
+    generator = generate(head) if generate else None
     groups = [{"params": head.parameters(), "lr": rate}]
     if proxies := list(loss.parameters()):
         groups.append({"params": proxies, "lr": 100 * rate})
@@ -151,6 +154,8 @@ def train(task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps
         drawn = rng.choice(len(members), batch // PER_CLASS, replace=False)
         pictures = np.concatenate([rng.choice(members[label], PER_CLASS, replace=False) for label in drawn])
         rows = task.rows[pictures, rng.integers(task.rows.shape[1], size=len(pictures))].float()
+        if generator:
+            generator.step(rows, task.labels[pictures])
         loss_now = loss(functional.normalize(head(rows)), task.labels[pictures])
         optimizer.zero_grad()
         loss_now.backward()

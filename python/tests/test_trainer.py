@@ -9,8 +9,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed: its trainer does not run")
 
 import ddtas  # noqa: E402
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss  # noqa: E402
-from pytorch_metric_learning import samplers, trainers  # noqa: E402
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate  # noqa: E402
+from pytorch_metric_learning import distances, samplers, testers, trainers  # noqa: E402
+from pytorch_metric_learning.utils import inference  # noqa: E402
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # noqa: E402
 from test_docs import blocks  # noqa: E402
 
 CLASSES, DIM, WIDTH = 12, 24, 8
@@ -63,6 +65,29 @@ def test_metric_loss_only_trains_with_it(make):
     print(f"loss {np.mean(losses[:5]):.3f} to {np.mean(losses[-5:]):.3f}, Recall@1 on unseen classes {before:.3f} to {after:.3f}")
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert after > before + 0.05
+
+
+def test_the_documented_calculator_gives_testers_their_own_figures():
+    (block,) = [block for block in blocks("docs/python.md") if block.startswith("class Accuracy:")]
+    names = {"evaluate": evaluate}
+    exec(block.partition("\ntester =")[0], names)
+    rows, labels = drawn(np.arange(CLASSES), seed=1)
+    queries, query_labels = drawn(np.arange(CLASSES), seed=2)
+    sets = {name: torch.utils.data.TensorDataset(*given) for name, given in (("train", (rows, labels)), ("val", (queries, query_labels)))}
+    network = torch.nn.Linear(DIM, WIDTH)
+
+    def figures(calculator, galleries):
+        tester = testers.GlobalEmbeddingSpaceTester(
+            accuracy_calculator=calculator, batch_size=64, dataloader_num_workers=0, data_device=torch.device("cpu")
+        )
+        return tester.test(sets, 0, network, splits_to_eval=[("val", list(galleries))])
+
+    search = inference.CustomKNN(distances.CosineSimilarity())
+    metrics = names["Accuracy"]().get_curr_metrics()
+    theirs = AccuracyCalculator(include=metrics, knn_func=search, kmeans_func=lambda *_: None, device=torch.device("cpu"))
+    for galleries in (["train"], ["val"], ["val", "train"]):
+        (want,), (got,) = (figures(calculator, galleries).values() for calculator in (theirs, names["Accuracy"]()))
+        assert got == pytest.approx(want, abs=1e-5) and 0.1 < got["precision_at_1_level0"] < 0.95
 
 
 def test_two_streams_train_with_the_documented_trainer():
