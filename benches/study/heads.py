@@ -18,7 +18,9 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddtas
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss
 
 DIMENSIONS, PER_CLASS = 512, 5
 
@@ -38,6 +40,11 @@ class Task:
     labels: Tensor
     test_rows: Tensor
     test_labels: Tensor
+
+    @cached_property
+    def members(self) -> list[np.ndarray]:
+        """The pictures of each class."""
+        return [np.flatnonzero(self.labels.numpy() == label) for label in range(int(self.labels.max()) + 1)]
 
 
 Draw = Callable[[np.random.Generator], dict[str, float]]
@@ -136,8 +143,15 @@ DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
+def draw_batch(task: Task, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+    """Rows and labels of PER_CLASS pictures of each of some classes."""
+    drawn = rng.choice(len(task.members), batch // PER_CLASS, replace=False)
+    pictures = np.concatenate([rng.choice(task.members[label], PER_CLASS, replace=False) for label in drawn])
+    return task.rows[pictures, rng.integers(task.rows.shape[1], size=len(pictures))].float(), task.labels[pictures]
+
+
 def train(
-    task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps: int, generate: Callable[[nn.Module], ThresholdGenerator] | None = None
+    task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps: int, generate: Callable[[nn.Module], Any] | None = None
 ) -> tuple[float, float]:
     """Trains a head and returns Recall@1 and MAP@R of the test rows, in per cent. `generate` makes a threshold generator for the head."""
     torch.manual_seed(seed)
@@ -149,14 +163,11 @@ def train(
         groups.append({"params": proxies, "lr": 100 * rate})
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    members = [np.flatnonzero(task.labels.numpy() == label) for label in range(int(task.labels.max()) + 1)]
     for _ in range(steps):
-        drawn = rng.choice(len(members), batch // PER_CLASS, replace=False)
-        pictures = np.concatenate([rng.choice(members[label], PER_CLASS, replace=False) for label in drawn])
-        rows = task.rows[pictures, rng.integers(task.rows.shape[1], size=len(pictures))].float()
+        rows, labels = draw_batch(task, rng, batch)
         if generator:
-            generator.step(rows, task.labels[pictures])
-        loss_now = loss(functional.normalize(head(rows)), task.labels[pictures])
+            generator.step(rows, labels)
+        loss_now = loss(functional.normalize(head(rows)), labels)
         optimizer.zero_grad()
         loss_now.backward()
         optimizer.step()

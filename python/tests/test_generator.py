@@ -190,7 +190,7 @@ def test_a_compiled_step_is_not_compiled_again():
 
 def test_under_autocast_the_network_runs_in_half_precision():
     module, data, meta = head(), batch(40), batch(40, 1)
-    want = expected(module, data, meta, 0.5, "unit", 1.0, 0.7)
+    want = expected(module, data, meta, 0.5, "unit", 0.1, 0.7)
     generator = generator_of(module)
     with torch.autocast("cpu", torch.bfloat16):
         generator.step(*data, meta)

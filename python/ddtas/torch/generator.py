@@ -36,7 +36,7 @@ class ThresholdGenerator:
     A virtual step changes the network's weights along the gradient of the batch's loss. Another batch, the meta batch, is judged
     there by the loss at a fixed threshold `lambda_reference`. Its derivative with respect to the thresholds says whether others
     would have been better, and the thresholds descend along it. The formulas are in docs/method.md, section 5; what this is
-    worth is in docs/threshold-study.md. `ddtas-train --generator` does the same, with settings of the same names.
+    worth is in docs/threshold-study.md. `ddtas-train --generator` does the same; its `--virtual-rate` is 1 for a head by default.
 
         generator = ThresholdGenerator(loss_fn, model.head)
 
@@ -44,10 +44,9 @@ class ThresholdGenerator:
         generator.step(features, labels)              # changes the thresholds of loss_fn
         loss = loss_fn(model.head(features), labels)
 
-    `network` is usually the embedding head, which costs little. It can be the whole network, with pictures as inputs: use
-    `virtual_rate=0.1` then, since a step of length 1 ruins a pretrained network. Its weights and buffers are never changed.
-    All its operations need forward-mode derivatives; dropout should be off. Give DistributedDataParallel's `module`, not the
-    wrapper, and call `step` under the autocast that the network runs in.
+    `network` is usually the embedding head, which costs little. It can be the whole network, with pictures as inputs. Its
+    weights and buffers are never changed. All its operations need forward-mode derivatives; dropout should be off. Give
+    DistributedDataParallel's `module`, not the wrapper, and call `step` under the autocast that the network runs in.
 
     Args:
         loss: the loss whose thresholds are learned. Its thresholds become tensors, which `step` changes in place, so that a
@@ -60,7 +59,8 @@ class ThresholdGenerator:
         lambda_max: largest threshold, -2 to 2. Default 1.
         lambda_pair: whether the two thresholds are learned apart. Default False: they are equal, and stay so.
         virtual_step: "unit" (default) divides the gradient of the virtual step by its length; "plain" does not.
-        virtual_rate: the length of a unit step, or the factor of a plain one; above 0. Default 1.
+        virtual_rate: the length of a unit step, or the factor of a plain one; above 0. Default 0.1. A step of length 1 ruins a
+            pretrained network, and on a head it lets thresholds run away from the reference.
         meta_recent: the meta batch is this many of the last batches if none is given to `step`; at least 1. Default 4.
 
     Raises TypeError or ValueError for settings of wrong types or out of range, and for thresholds that require a gradient.
@@ -80,7 +80,7 @@ class ThresholdGenerator:
         lambda_max: float = 1.0,
         lambda_pair: bool = False,
         virtual_step: VirtualStep = "unit",
-        virtual_rate: float = 1.0,
+        virtual_rate: float = 0.1,
         meta_recent: int = 4,
     ) -> None:
         if not isinstance(loss, SoftContrastiveLoss):
