@@ -13,8 +13,7 @@ use crate::{Error, Result};
 
 /// Iterator over a split in chunks of `chunk` pictures, centre-cropped, each picture once.
 ///
-/// Unreadable pictures are left out and counted in the chunk's `skipped`; its `indices` and `labels` list the others. A chunk
-/// may thus be short or empty. A class without a readable picture is an error, which ends the iteration.
+/// Unreadable pictures are left out: a chunk's `indices` and `labels` list the others. It may thus be short or empty. A class without a readable picture is an error, which ends the iteration.
 pub struct EvaluationBatches {
     split: Arc<Split>,
     cropper: Cropper,
@@ -74,13 +73,8 @@ impl EvaluationBatches {
             own: 0..0,
             image_size: cropper.size(),
             replaced: 0,
-            skipped: 0,
         };
-        for picture in prepared {
-            let Some((index, pixels)) = picture else {
-                batch.skipped += 1;
-                continue;
-            };
+        for (index, pixels) in prepared.into_iter().flatten() {
             let label = split.labels()[index];
             self.readable[label as usize] += 1;
             batch.pixels.extend(pixels);

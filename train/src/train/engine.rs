@@ -435,7 +435,6 @@ pub fn embed_batches(
     let mut dim = 0;
     for batch in batches {
         let batch = batch?;
-        embedded.skipped += batch.skipped;
         if batch.labels.is_empty() {
             continue;
         }
@@ -463,8 +462,6 @@ pub struct Embedded {
     pub labels: Vec<i64>,
     /// Picture of each row, an index into the split.
     pub indices: Vec<usize>,
-    /// Pictures left out because they cannot be read.
-    pub skipped: usize,
 }
 
 impl Embedded {
@@ -476,9 +473,8 @@ impl Embedded {
         if ranks.size() == 1 {
             return Ok(self);
         }
-        let skipped = gather(ranks, &[self.skipped])?.into_iter().sum();
         let (labels, indices) = (gather(ranks, &self.labels)?, gather(ranks, &self.indices)?);
-        Ok(Self { values: gather(ranks, &self.values)?, labels, indices, skipped })
+        Ok(Self { values: gather(ranks, &self.values)?, labels, indices })
     }
 
     /// The embeddings, `[N, dim]`.
