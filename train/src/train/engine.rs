@@ -457,7 +457,7 @@ pub fn embed_batches(
 /// The embeddings of a split.
 #[derive(Debug, Clone, Default)]
 pub struct Embedded {
-    values: Vec<f32>,
+    pub(super) values: Vec<f32>,
     /// Label of each row.
     pub labels: Vec<i64>,
     /// Picture of each row, an index into the split.
