@@ -11,6 +11,7 @@ mod weights;
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
+use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor, TensorData};
 use ddtas_io::console::one_line;
 use ndarray::Array2;
@@ -159,6 +160,18 @@ pub fn backward<M: Module>(embeddings: Tensor<2>, gradient: &Array2<f32>, networ
         TensorData::new(gradient.iter().copied().collect::<Vec<f32>>(), [gradient.nrows(), gradient.ncols()]);
     let gradient = Tensor::<2>::from_data(data, &embeddings.device());
     GradientsParams::from_grads((embeddings * gradient).sum().backward(), network)
+}
+
+/// CRC-32 of a module's weights and statistics; for published weights it does not depend on the file's format.
+pub(crate) fn checksum(module: &impl ModuleSnapshot) -> Result<u32> {
+    let mut sum = crc32fast::Hasher::new();
+    for tensor in module.collect(None, None, true) {
+        let (.., bytes) = tensor
+            .into_parts()
+            .map_err(|error| Error::Training(format!("weights cannot be read: {error}")))?;
+        sum.update(&bytes);
+    }
+    Ok(sum.finalize())
 }
 
 /// Copies a tensor from the device, as `[rows, columns]`.
