@@ -39,8 +39,7 @@ pub(crate) fn mean_statistics(
     drop(network.valid());
     let mut found = Statistics(Ok(Vec::new()));
     network.visit(&mut found);
-    let mut values: Vec<f32> =
-        found.0?.into_iter().map(|value| (f64::from(value) * share) as f32).collect();
+    let mut values: Vec<f32> = found.0?.into_iter().map(|value| (f64::from(value) * share) as f32).collect();
     ranks.all_reduce(&mut values)?;
     Ok(network.map(&mut Replace { values: values.into_iter() }))
 }

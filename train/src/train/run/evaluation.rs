@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::Axis;
 
+use crate::Result;
 use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, check_classes};
 use crate::ranks::{self, Collective, share};
 use crate::train::engine::{Embedded, Engine};
-use crate::Result;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
