@@ -176,21 +176,11 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
             names.iter().for_each(|name| _ = side.entry(name.clone()).or_default());
         }
     }
-    let searched = sides.gallery.as_ref().unwrap_or(&sides.test);
-    let least = if sides.gallery.is_some() { 1 } else { 2 };
-    let found = |(name, queries): (&OsString, &Vec<PathBuf>)| {
-        !queries.is_empty() && searched.get(name).is_some_and(|pictures| pictures.len() >= least)
-    };
-    if !sides.test.iter().any(found) {
-        return Err(Error::Dataset(format!(
-            "no test class of --data-root {shown} has two pictures: there is nothing to retrieve"
-        )));
-    }
     let split = |files: Files| {
         let named = files.into_iter().map(|(name, files)| (name.to_string_lossy().into_owned(), files));
         Arc::new(Split::from_files(named.collect(), settings.cache_bytes))
     };
-    Ok(Dataset {
+    let dataset = Dataset {
         name: root.canonicalize().map_or_else(|_| file_name(root), |path| file_name(&path)),
         train: split(sides.train),
         test: split(sides.test),
@@ -198,7 +188,13 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
         seen,
         recall_at: RECALL_AT,
         warnings: notes.lines(),
-    })
+    };
+    if !dataset.has_answers() {
+        return Err(Error::Dataset(format!(
+            "no test class of --data-root {shown} has two pictures: there is nothing to retrieve"
+        )));
+    }
+    Ok(dataset)
 }
 
 /// Divides `classes` into training and test; the second value says whether test classes are also training classes.
