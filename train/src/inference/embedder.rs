@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
-use crate::data::{EvaluationBatches, Preprocessing, Split, check_image_size};
+use crate::data::{EvaluationBatches, Preprocessing, Split, check_classes, check_image_size};
 use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, NetworkShape, Normalise, Pooling, PoolingKind,
     checksum, name_of, to_unit_rows,
@@ -173,7 +173,9 @@ impl Embedder {
         let shown = (self.image_size, self.preprocessing);
         let batches = EvaluationBatches::new(Arc::clone(split), shown, EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
-        embed_batches(|images| self.forward(images), &self.device, batches, progress)
+        let embedded = embed_batches(|images| self.forward(images), &self.device, batches, progress)?;
+        check_classes(split, &embedded.labels)?;
+        Ok(embedded)
     }
 
     /// An error if this machine's memory is too small for a chunk of `pictures` pictures.

@@ -165,6 +165,9 @@ impl Test<'_> {
             rows.labels.extend(batch.labels);
             rows.indices.extend(batch.indices);
         }
+        if !self.stopped() {
+            check_classes(split, &rows.labels)?;
+        }
         for picture in rows.values.chunks_exact_mut(3 * area) {
             for (plane, (mean, deviation)) in picture.chunks_exact_mut(area).zip(channels()) {
                 plane.iter_mut().for_each(|value| *value = *value * deviation + mean);
