@@ -13,7 +13,8 @@ use crate::{Error, Result};
 
 /// Iterator over a split in chunks of `chunk` pictures, centre-cropped, each picture once.
 ///
-/// Unreadable pictures are left out: a chunk's `indices` and `labels` list the others. It may thus be short or empty. An error ends the iteration.
+/// Unreadable pictures are left out: a chunk's `indices` and `labels` list the others. It may thus be short or empty.
+/// An error ends the iteration.
 pub struct EvaluationBatches {
     split: Arc<Split>,
     cropper: Cropper,
