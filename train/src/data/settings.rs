@@ -62,11 +62,11 @@ pub struct DatasetSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_classes: Option<TrainClasses>,
     /// Crop every picture to its bounding box (cars196, cub200, in-shop).
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     #[serde(default)]
     pub crop_to_box: bool,
     /// Seed of --dataset synthetic; figures of runs with different ones cannot be compared.
-    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    #[arg(long, value_name = "SEED", default_value_t = 0, hide_short_help = true)]
     pub data_seed: u64,
 }
 
