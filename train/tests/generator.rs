@@ -146,9 +146,8 @@ fn lambdas(run: &std::path::Path) -> Vec<(f64, f64)> {
 #[test]
 fn every_generator_moves_lambda_within_its_range() {
     let place = tempfile::tempdir().unwrap();
-    let cases: [(&str, &[&str]); 6] = [
+    let cases: [(&str, &[&str]); 5] = [
         ("head", &["--generator", "head"]),
-        ("neighbours", &["--generator", "head", "--meta-objective", "neighbours"]),
         ("recent", &["--generator", "head", "--meta", "recent"]),
         ("ensemble", &["--generator", "head", "--lambda-ensemble", "3", "--lambda-l2", "0.1"]),
         ("pair", &["--generator", "head", "--lambda-pair", "--virtual-step", "plain"]),

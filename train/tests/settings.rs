@@ -120,7 +120,6 @@ const TRAIN: &[(&str, &str)] = &[
     ("--meta-images 0", "meta-images"),
     ("--meta-images 1 --generator head", "nothing can be mined"),
     ("--meta-recent 0", "meta-recent"),
-    ("--meta-objective none", "--meta-objective"),
     ("--lambda-reference 2.5", "lambda-reference"),
     ("--virtual-step long", "--virtual-step"),
     ("--virtual-rate 0", "virtual-rate"),

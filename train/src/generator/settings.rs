@@ -64,17 +64,6 @@ pub struct VirtualStep {
     pub rate: f64,
 }
 
-/// The objective that the virtual step is evaluated with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MetaObjective {
-    /// The loss on the meta batch, at --lambda-reference.
-    #[default]
-    Loss,
-    /// The share of soft nearest neighbours in the meta batch that are of the right class; needs no threshold.
-    Neighbours,
-}
-
 /// Default number of classes in a meta batch, if there are as many.
 const META_CLASSES: usize = 5;
 
@@ -100,10 +89,7 @@ pub struct GeneratorSettings {
     /// Training batches in a recent meta batch.
     #[arg(long, value_name = "N", default_value_t = 4, hide_short_help = true)]
     pub meta_recent: usize,
-    /// Objective that the virtual step is evaluated with.
-    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
-    pub meta_objective: MetaObjective,
-    /// Loss threshold of the meta batch (--meta-objective loss).
+    /// Loss threshold of the meta batch.
     #[arg(long, default_value_t = 0.7, allow_negative_numbers = true, hide_short_help = true)]
     pub lambda_reference: f64,
     /// Length of the virtual step.

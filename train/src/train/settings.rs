@@ -23,6 +23,20 @@ const STEPS: &str = "1 to 2147483648";
 const CLASSES_PER_BATCH: usize = 16;
 const COUNT: &str = "0 to 2147483648";
 
+/// Removed settings that files of older versions hold: table, key, and the value that every run has now.
+const REMOVED: [(&str, &str, &str); 1] = [("generator", "meta_objective", "loss")];
+
+/// Removes from the settings in a file those that no longer exist, if they have the value that every run has now.
+pub(super) fn drop_removed(settings: &mut toml::Table) {
+    for (table, key, value) in REMOVED {
+        if let Some(toml::Value::Table(table)) = settings.get_mut(table)
+            && table.get(key).and_then(toml::Value::as_str) == Some(value)
+        {
+            table.remove(key);
+        }
+    }
+}
+
 /// Batch normalisation while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
