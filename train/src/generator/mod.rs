@@ -17,7 +17,6 @@ pub mod head;
 mod settings;
 mod update;
 
-pub(crate) use settings::defaults;
 pub use settings::{GeneratorKind, GeneratorSettings, MetaSource, Optimizer, VirtualStep, VirtualStepKind};
 pub use update::{Member, Thresholds, UpdateRule};
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Lambda;
 use crate::Result;
+use crate::arguments::defaults;
 use crate::error::{check, fits};
 
 /// Which parameters the virtual step of meta-learning updates.
@@ -136,12 +137,6 @@ impl Default for GeneratorSettings {
     fn default() -> Self {
         defaults()
     }
-}
-
-/// Settings without arguments.
-pub(crate) fn defaults<T: clap::Args>() -> T {
-    let matches = T::augment_args(clap::Command::new("settings")).get_matches_from(["settings"]);
-    T::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 impl GeneratorSettings {

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
+use crate::arguments::name_of;
 use crate::data::{EvaluationBatches, Preprocessing, Split, check_classes, check_image_size};
 use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, NetworkShape, Normalise, Pooling, PoolingKind,
-    checksum, name_of, to_unit_rows,
+    checksum, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
 use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};

@@ -21,6 +21,7 @@ pub use batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
 pub use head::{EmbeddingHead, HeadKind, to_unit_rows};
 pub use pooling::{Features, Pooling, PoolingKind};
 
+use crate::arguments::name_of;
 use crate::{Error, Result};
 
 /// A network from images to unit embeddings.
@@ -109,12 +110,6 @@ impl std::fmt::Display for NetworkShape {
         }
         write!(f, " --embedding-dim {}", self.embedding_dim)
     }
-}
-
-/// Name of an enum's value on the command line.
-#[must_use]
-pub fn name_of(value: &impl clap::ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// Whether a field is left out of files, so that files of versions without the field can be read and do not change.

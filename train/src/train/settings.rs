@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
+use crate::arguments::{defaults, name_of};
 use crate::data::{DatasetSettings, check_image_size};
 use crate::error::{check, fits};
-use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, defaults};
-use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, name_of, network_sizes};
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
 use crate::train::PairLoss;
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
