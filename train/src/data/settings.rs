@@ -121,9 +121,9 @@ impl DatasetSettings {
     /// `tell` is given a line before an archive is unpacked, which takes long; setting `stop` ends that.
     ///
     /// # Errors
-    /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or incomplete;
+    /// Those of [`validate`](Self::validate); [`Error::Dataset`](crate::Error::Dataset) if it is missing or incomplete;
     /// [`Format`](ddtas_io::Error::Format) for a damaged list or archive; [`Io`](ddtas_io::Error::Io);
-    /// [`Error::Stopped`].
+    /// [`Error::Stopped`](crate::Error::Stopped).
     pub fn open_until(&self, stop: &AtomicBool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.validate()?;
         let unpacking = &mut Unpacking { stop, tell };
