@@ -28,6 +28,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     written.map_err(Error::io("write", path))
 }
 
+/// Serialises a path as text, also one that is not UTF-8.
+///
+/// # Errors
+/// Errors of `serializer`.
+pub fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (partial, mut file) = partial_beside(path)?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());

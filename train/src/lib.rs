@@ -1,9 +1,10 @@
 //! The training engine on top of `ddtas`: data sets, network, threshold generator, training, and use of a trained network.
 //!
 //! In the order [`inference`], [`train`], [`generator`], [`model`], [`data`], [`ranks`] each module depends only on later
-//! ones. The first two also depend on `pages`, which depends on [`data`].
+//! ones. The first two also depend on `pages`, which depends on [`data`]; all may use [`arguments`].
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod arguments;
 pub mod data;
 mod error;
 pub mod generator;

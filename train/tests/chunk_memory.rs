@@ -29,7 +29,6 @@ fn a_step_in_chunks_takes_less_memory() {
             own: 0..96,
             image_size: SIDE,
             replaced: 0,
-            skipped: 0,
         };
         let before = PeakAlloc.current_usage();
         PeakAlloc.reset_peak_usage();

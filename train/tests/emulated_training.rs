@@ -8,8 +8,9 @@ mod runs;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
+use ddtas_train::arguments::name_of;
 use ddtas_train::model::{
-    Backbone, BackboneKind, EmbeddingNetwork, Features, HeadKind, NetworkShape, Normalise, name_of,
+    Backbone, BackboneKind, EmbeddingNetwork, Features, HeadKind, NetworkShape, Normalise,
 };
 #[cfg(feature = "emulated")]
 use runs::{folder_of_pictures, records, small_run};

@@ -57,7 +57,6 @@ fn batch(count: usize, seed: u64) -> ImageBatch {
         own: 0..count,
         image_size: SIDE,
         replaced: 0,
-        skipped: 0,
     }
 }
 

@@ -37,7 +37,6 @@ fn batch(classes: usize, images: usize, rng: &mut ChaCha8Rng) -> ImageBatch {
         own: 0..count,
         image_size: SIDE,
         replaced: 0,
-        skipped: 0,
     }
 }
 

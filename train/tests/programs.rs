@@ -66,7 +66,6 @@ fn help_is_in_sections_and_short_help_is_short() {
     {
         assert_eq!(long.lines().filter(|line| *line == heading).count(), 1, "{heading}");
     }
-    assert!(!long.contains("Others:"), "an argument is in no section");
 }
 
 #[test]
@@ -376,6 +375,27 @@ fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     for arguments in ["--resume edited", "eval --checkpoint edited/last.safetensors"] {
         assert_refused(&mut ddtas_train(arguments), "generator.lamda_rate is not a setting");
     }
+}
+
+#[test]
+fn a_run_with_a_removed_setting_goes_on_where_it_had_the_value_of_all_runs() {
+    let older = place().join("older");
+    fs::create_dir_all(&older).unwrap();
+    fs::copy(place().join("run/metrics.jsonl"), older.join("metrics.jsonl")).unwrap();
+    let config = fs::read_to_string(place().join("run/config.toml")).unwrap();
+    let with = |text: &str, value: &str| {
+        let changed = text.replace("[generator]\n", &format!("[generator]\nmeta_objective = \"{value}\"\n"));
+        assert_ne!(changed, text);
+        changed
+    };
+    change(&place().join("run/last.safetensors"), &older.join("last.safetensors"), |facts, _| {
+        let state = facts.get_mut("ddtas.run").unwrap();
+        *state = with(state, "loss");
+    });
+    fs::write(older.join("config.toml"), with(&config, "loss")).unwrap();
+    assert!(said("--resume older").contains("has finished"));
+    fs::write(older.join("config.toml"), with(&config, "neighbours")).unwrap();
+    assert_refused(&mut ddtas_train("--resume older"), "generator.meta_objective is not a setting");
 }
 
 #[test]

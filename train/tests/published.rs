@@ -405,6 +405,4 @@ fn the_program_says_in_one_line_what_is_missing() {
     assert_eq!(output.status.code(), Some(1));
     assert!(said.starts_with("ddtas-train: ") && said.lines().count() == 1, "{said}");
     assert!(said.contains("images.txt") && said.contains("CUB_200_2011.tgz"), "{said}");
-    // Arguments of training are refused before a subcommand.
-    ddtas_train().args(["--steps", "3", "eval"]).assert().code(2);
 }

@@ -298,6 +298,8 @@ fn unreadable_pictures_are_named_and_too_many_stop_the_run() {
         let naming = said.lines().filter(|line| line.contains(picture)).collect::<Vec<_>>();
         assert!(naming.len() == 1 && naming[0].contains(remedy), "{picture}: {said}");
     }
+    assert!(said.contains("1 test picture cannot be read"), "{said}");
+    assert!(said.contains("unreadable training pictures were replaced"), "{said}");
     let mut strict = program(&arguments(&place.data, &place.run("strict"), &["--max-bad-images", "2"]));
     assert_refused(&mut strict, "3 pictures cannot be read, more than --max-bad-images 2");
     let mut strictest = program(&arguments(&place.data, &place.run("strictest"), &["--max-bad-images", "0"]));

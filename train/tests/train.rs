@@ -87,23 +87,6 @@ fn best_checkpoint_starts_another_run_where_it_ended() {
 }
 
 #[test]
-fn unreadable_pictures_are_counted_and_lose_nothing() {
-    let place = tempfile::tempdir().unwrap();
-    let data = place.path().join("data");
-    folder_of_pictures(&data, 8, 4);
-    std::fs::write(data.join("class00/0.png"), b"not a picture").unwrap();
-    std::fs::write(data.join("class07/2.png"), b"").unwrap();
-    let run = place.path().join("run");
-    let mut command = small_run(&run, 4);
-    command.args(["--dataset", "folder", "--classes-per-batch", "4", "--data-root"]).arg(&data);
-    let output = command.assert().success().get_output().clone();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("1 test picture cannot be read"), "{said}");
-    assert!(said.contains("unreadable training pictures were replaced"), "{said}");
-    assert_eq!(records(&run).0.len(), 4);
-}
-
-#[test]
 fn a_collapse_is_told_once() {
     let place = tempfile::tempdir().unwrap();
     let data = place.path().join("data");

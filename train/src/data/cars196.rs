@@ -70,35 +70,32 @@ fn one_folder(root: &Root, path: &Path, crop: bool) -> Result<Dataset> {
     let file = mat::read(path)?;
     let images = root.need(&["car_ims"])?;
     let folder = images.parent().unwrap_or(Path::new(""));
-    let mut classes = BTreeMap::new();
-    add_annotated(&file, path, "relative_im_path", folder, crop, &mut classes)?;
-    finish(root, classes, &class_names(&file))
+    finish(root, annotated(&file, path, "relative_im_path", folder, crop)?, &class_names(&file))
 }
 
 /// Opens the layout with `cars_train/`, `cars_test/` and the development kit. Its annotations hold file names without folder.
 fn two_folders(root: &Root, crop: bool) -> Result<Dataset> {
-    let mut classes = BTreeMap::new();
+    let mut pictures = Vec::new();
     for (list, folder) in [(TRAIN_ANNOTATIONS, "cars_train"), (TEST_ANNOTATIONS, "cars_test")] {
         let path = root.need(&list)?;
         let folder = root.need(&[&format!("{folder}/{folder}"), folder])?;
-        add_annotated(&mat::read(&path)?, &path, "fname", &folder, crop, &mut classes)?;
+        pictures.extend(annotated(&mat::read(&path)?, &path, "fname", &folder, crop)?);
     }
     let names = match root.find(&["devkit/cars_meta.mat", "cars_meta.mat"]) {
         Some(path) => class_names(&mat::read(&path)?),
         None => Vec::new(),
     };
-    finish(root, classes, &names)
+    finish(root, pictures, &names)
 }
 
-/// Reads the struct array `annotations` and adds its pictures to their classes.
-fn add_annotated(
+/// The pictures of the struct array `annotations`, each with the number of its class.
+fn annotated(
     file: &mat::Variables,
     path: &Path,
     name_field: &str,
     folder: &Path,
     crop: bool,
-    classes: &mut BTreeMap<usize, Vec<Source>>,
-) -> Result<()> {
+) -> Result<Vec<(usize, Source)>> {
     let annotations =
         file.get("annotations").ok_or_else(|| Error::format(path, "holds no variable named annotations"))?;
     let column = |name: &str| {
@@ -112,23 +109,21 @@ fn add_annotated(
     } else {
         None
     };
-    for (i, (name, class)) in names.iter().zip(&numbers).enumerate() {
-        let read = || -> Result<(usize, Source), String> {
-            let class = whole(class).filter(|class| (1..=LAST_CLASS).contains(class));
-            let class = class.ok_or_else(|| format!("its class is not one of 1 to {LAST_CLASS}"))?;
-            let name = name.as_text().ok_or_else(|| format!("its {name_field} is not text"))?;
-            let path = folder.join(relative(name)?);
-            let Some(sides) = &sides else { return Ok((class, Source::File(path))) };
-            let [x1, y1, x2, y2] = sides.each_ref().map(|side| whole(side[i]));
-            let area = x1.zip(y1).zip(x2.zip(y2)).and_then(|((x1, y1), (x2, y2))| pixel_box(x1, y1, x2, y2));
-            let area = area.ok_or("its bounding box is empty or not in whole pixels")?;
-            Ok((class, Source::Part { path, area }))
-        };
-        let (class, source) =
-            read().map_err(|reason| Error::format(path, format!("annotation {}: {reason}", i + 1)))?;
-        classes.entry(class).or_default().push(source);
-    }
-    Ok(())
+    let read = |i: usize, name: &Array, class: &Array| -> Result<(usize, Source), String> {
+        let class = whole(class).filter(|class| (1..=LAST_CLASS).contains(class));
+        let class = class.ok_or_else(|| format!("its class is not one of 1 to {LAST_CLASS}"))?;
+        let name = name.as_text().ok_or_else(|| format!("its {name_field} is not text"))?;
+        let path = folder.join(relative(name)?);
+        let Some(sides) = &sides else { return Ok((class, Source::File(path))) };
+        let [x1, y1, x2, y2] = sides.each_ref().map(|side| whole(side[i]));
+        let area = x1.zip(y1).zip(x2.zip(y2)).and_then(|((x1, y1), (x2, y2))| pixel_box(x1, y1, x2, y2));
+        let area = area.ok_or("its bounding box is empty or not in whole pixels")?;
+        Ok((class, Source::Part { path, area }))
+    };
+    let pictures = names.iter().zip(&numbers).enumerate().map(|(i, (name, class))| {
+        read(i, name, class).map_err(|reason| Error::format(path, format!("annotation {}: {reason}", i + 1)))
+    });
+    pictures.collect()
 }
 
 fn whole(array: &Array) -> Option<usize> {
@@ -152,17 +147,9 @@ fn class_names(file: &mat::Variables) -> Vec<String> {
     cells.iter().map(|cell| cell.as_text().unwrap_or_default().to_string()).collect()
 }
 
-fn finish(root: &Root, classes: BTreeMap<usize, Vec<Source>>, names: &[String]) -> Result<Dataset> {
-    let name = |class: usize| match names.get(class - 1) {
-        Some(name) if !name.is_empty() => name.clone(),
-        _ => format!("class {class}"),
-    };
-    let (train, test): (Vec<_>, Vec<_>) =
-        classes.into_iter().partition(|(class, _)| *class <= LAST_TRAINING_CLASS);
-    let named = |side: Vec<(usize, Vec<Source>)>| -> Classes {
-        side.into_iter().map(|(class, pictures)| (name(class), pictures)).collect()
-    };
-    root.dataset(named(train), named(test), None)
+fn finish(root: &Root, pictures: Vec<(usize, Source)>, names: &[String]) -> Result<Dataset> {
+    let name = |class: usize| names.get(class - 1).filter(|name| !name.is_empty()).cloned();
+    root.by_number(pictures, LAST_TRAINING_CLASS, name)
 }
 
 /// Folders of pictures by class name, from `DIR/<class>/` or from `DIR/train/<class>/` and `DIR/test/<class>/`.

@@ -3,13 +3,13 @@
 //! Reads `images.txt`, `image_class_labels.txt`, `classes.txt` if it exists, and `bounding_boxes.txt` if
 //! pictures are cropped.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 
 use super::archive::Unpacking;
-use super::dataset::{Dataset, RECALL_AT, Source};
+use super::dataset::{Dataset, RECALL_AT};
 use super::decode::PixelBox;
-use super::root::{Classes, Published, Root, number, relative};
+use super::root::{Published, Root, number, relative, source};
 use crate::Result;
 
 pub(super) const CUB200: Published = Published {
@@ -43,7 +43,7 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
         })?
         .into_iter()
         .collect();
-    let boxes = if crop { boxes(&root)? } else { HashMap::new() };
+    let boxes = crop.then(|| boxes(&root)).transpose()?;
     let names: HashMap<usize, String> = match root.find(&["classes.txt"]) {
         Some(_) => root
             .table::<2>(&["classes.txt"], 0)?
@@ -58,24 +58,10 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
             .get(&image)
             .ok_or_else(|| format!("picture {image} has no line in image_class_labels.txt"))?;
         let path = images.folder().join("images").join(relative(file)?);
-        let source = match boxes.get(&image) {
-            Some(&area) => Source::Part { path, area },
-            None if crop => return Err(format!("picture {image} has no line in bounding_boxes.txt")),
-            None => Source::File(path),
-        };
-        Ok((class, source))
+        let missing = || format!("picture {image} has no line in bounding_boxes.txt");
+        Ok((class, source(path, &image, boxes.as_ref(), missing)?))
     })?;
-    let mut classes: BTreeMap<usize, Vec<Source>> = BTreeMap::new();
-    for (class, source) in pictures {
-        classes.entry(class).or_default().push(source);
-    }
-    let (train, test): (Vec<_>, Vec<_>) =
-        classes.into_iter().partition(|(class, _)| *class <= LAST_TRAINING_CLASS);
-    let named = |side: Vec<(usize, Vec<Source>)>| -> Classes {
-        let name = |class| names.get(&class).cloned().unwrap_or_else(|| format!("class {class}"));
-        side.into_iter().map(|(class, pictures)| (name(class), pictures)).collect()
-    };
-    root.dataset(named(train), named(test), None)
+    root.by_number(pictures, LAST_TRAINING_CLASS, |class| names.get(&class).cloned())
 }
 
 fn boxes(root: &Root) -> Result<HashMap<usize, PixelBox>> {

@@ -61,6 +61,14 @@ impl Dataset {
         format!("{:08x}", sum.finalize())
     }
 
+    /// Whether any query has a picture of its class to find.
+    pub(super) fn has_answers(&self) -> bool {
+        // Without a gallery, one picture of the class is the query itself.
+        let least = if self.gallery.is_some() { 1 } else { 2 };
+        let mut classes = self.test.by_class().iter().zip(self.searched().by_class());
+        classes.any(|(queries, pictures)| !queries.is_empty() && pictures.len() >= least)
+    }
+
     /// The pictures that queries are compared with: the gallery if there is one, else the test split.
     #[must_use]
     pub fn searched(&self) -> &Split {

@@ -13,8 +13,8 @@ use crate::{Error, Result};
 
 /// Iterator over a split in chunks of `chunk` pictures, centre-cropped, each picture once.
 ///
-/// Unreadable pictures are left out and counted in the chunk's `skipped`; its `indices` and `labels` list the others. A chunk
-/// may thus be short or empty. A class without a readable picture is an error, which ends the iteration.
+/// Unreadable pictures are left out: a chunk's `indices` and `labels` list the others. It may thus be short or empty.
+/// An error ends the iteration.
 pub struct EvaluationBatches {
     split: Arc<Split>,
     cropper: Cropper,
@@ -22,8 +22,6 @@ pub struct EvaluationBatches {
     /// The pictures to read; `next` is the first of the next chunk.
     range: Range<usize>,
     next: usize,
-    /// Number of readable pictures of each class so far.
-    readable: Vec<usize>,
 }
 
 impl EvaluationBatches {
@@ -39,14 +37,12 @@ impl EvaluationBatches {
         if chunk == 0 {
             return Err(Error::argument("evaluation chunk", "0", "at least 1"));
         }
-        let readable = vec![0; split.class_names().len()];
         let cropper = Cropper::new(image_size, preprocessing)?;
         let range = 0..split.len();
-        Ok(Self { split, cropper, chunk, range, next: 0, readable })
+        Ok(Self { split, cropper, chunk, range, next: 0 })
     }
 
-    /// Restricts the iterator to the pictures `range`. A class that begins or ends outside `range` is not
-    /// checked here; [`check_classes`] does that for the pictures of all ranges.
+    /// Restricts the iterator to the pictures `range`.
     #[must_use]
     pub fn within(self, range: Range<usize>) -> Self {
         Self { next: range.start, range, ..self }
@@ -74,35 +70,15 @@ impl EvaluationBatches {
             own: 0..0,
             image_size: cropper.size(),
             replaced: 0,
-            skipped: 0,
         };
-        for picture in prepared {
-            let Some((index, pixels)) = picture else {
-                batch.skipped += 1;
-                continue;
-            };
-            let label = split.labels()[index];
-            self.readable[label as usize] += 1;
+        for (index, pixels) in prepared.into_iter().flatten() {
             batch.pixels.extend(pixels);
-            batch.labels.push(label);
+            batch.labels.push(split.labels()[index]);
             batch.indices.push(index);
         }
         batch.own = 0..batch.labels.len();
         self.next = range.end;
-        self.check_ended(range)?;
         Ok(batch)
-    }
-
-    /// An error if a class that lies within `self.range` and ends in `range` had no readable picture.
-    fn check_ended(&self, range: Range<usize>) -> Result<()> {
-        for (label, class) in self.split.by_class().iter().enumerate() {
-            let ended = class.last().is_some_and(|last| range.contains(last));
-            let began = class.first().is_some_and(|first| self.range.contains(first));
-            if ended && began && self.readable[label] == 0 {
-                return Err(unreadable(&self.split, label));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -114,16 +90,14 @@ pub fn check_classes(split: &Split, labels: &[i64]) -> Result<()> {
     let mut readable = vec![false; split.class_names().len()];
     labels.iter().for_each(|&label| readable[label as usize] = true);
     let missing = |label: &usize| !readable[*label] && !split.by_class()[*label].is_empty();
-    (0..readable.len()).find(missing).map_or(Ok(()), |label| Err(unreadable(split, label)))
-}
-
-/// The error for a class without a readable picture.
-fn unreadable(split: &Split, label: usize) -> Error {
+    let Some(label) = (0..readable.len()).find(missing) else { return Ok(()) };
     let class = &split.by_class()[label];
     let (name, count) = (&split.class_names()[label], class.len());
     let reason = class.first().and_then(|&first| split.picture(first).err());
     let reason = reason.map_or_else(String::new, |error| format!(": {error}"));
-    Error::Dataset(format!("class {name} of the test split has no readable picture ({count} tried){reason}"))
+    Err(Error::Dataset(format!(
+        "class {name} of the test split has no readable picture ({count} tried){reason}"
+    )))
 }
 
 impl Iterator for EvaluationBatches {

@@ -34,18 +34,13 @@ pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
     String::from_utf8_lossy(bytes).into_owned().into()
 }
 
-/// Serialises a path as text.
-pub(crate) fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&path.display())
-}
-
 /// Numbers of files and folders that were ignored, by kind.
 #[derive(Debug, Default)]
-pub(crate) struct PassedOver {
+pub(crate) struct IgnoredFiles {
     kinds: BTreeMap<String, usize>,
 }
 
-impl PassedOver {
+impl IgnoredFiles {
     /// Counts a file that is not a picture, or a folder where pictures are expected.
     pub(crate) fn note(&mut self, path: &Path) {
         if path.is_dir() {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
-use super::files::{PassedOver, file_name, is_hidden, is_picture};
+use super::files::{IgnoredFiles, file_name, is_hidden, is_picture};
 use super::lists;
 use crate::{Error, Result};
 
@@ -83,20 +83,20 @@ impl Default for FolderSettings {
 pub(super) type Files = BTreeMap<OsString, Vec<PathBuf>>;
 
 /// The pictures for training, test and gallery.
-pub(super) struct Sides {
+pub(super) struct SplitFiles {
     pub train: Files,
     pub test: Files,
     pub gallery: Option<Files>,
 }
 
 /// Folders or lists that hold the sides of a split that the user made.
-pub(super) struct Places {
+pub(super) struct SplitPaths {
     train: PathBuf,
     test: PathBuf,
     gallery: Option<PathBuf>,
 }
 
-impl Places {
+impl SplitPaths {
     /// Finds `train`, and `query` with `gallery` or else `test`; none if one is missing.
     pub(super) fn of(find: impl Fn(&str) -> Option<PathBuf>) -> Option<Self> {
         let train = find("train")?;
@@ -107,8 +107,8 @@ impl Places {
         Some(Self { train, test, gallery })
     }
 
-    pub(super) fn read(&self, mut side: impl FnMut(&Path) -> Result<Files>) -> Result<Sides> {
-        Ok(Sides {
+    pub(super) fn read(&self, mut side: impl FnMut(&Path) -> Result<Files>) -> Result<SplitFiles> {
+        Ok(SplitFiles {
             train: side(&self.train)?,
             test: side(&self.test)?,
             gallery: self.gallery.as_deref().map(side).transpose()?,
@@ -176,21 +176,11 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
             names.iter().for_each(|name| _ = side.entry(name.clone()).or_default());
         }
     }
-    let searched = sides.gallery.as_ref().unwrap_or(&sides.test);
-    let least = if sides.gallery.is_some() { 1 } else { 2 };
-    let found = |(name, queries): (&OsString, &Vec<PathBuf>)| {
-        !queries.is_empty() && searched.get(name).is_some_and(|pictures| pictures.len() >= least)
-    };
-    if !sides.test.iter().any(found) {
-        return Err(Error::Dataset(format!(
-            "no test class of --data-root {shown} has two pictures: there is nothing to retrieve"
-        )));
-    }
     let split = |files: Files| {
         let named = files.into_iter().map(|(name, files)| (name.to_string_lossy().into_owned(), files));
         Arc::new(Split::from_files(named.collect(), settings.cache_bytes))
     };
-    Ok(Dataset {
+    let dataset = Dataset {
         name: root.canonicalize().map_or_else(|_| file_name(root), |path| file_name(&path)),
         train: split(sides.train),
         test: split(sides.test),
@@ -198,11 +188,17 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
         seen,
         recall_at: RECALL_AT,
         warnings: notes.lines(),
-    })
+    };
+    if !dataset.has_answers() {
+        return Err(Error::Dataset(format!(
+            "no test class of --data-root {shown} has two pictures: there is nothing to retrieve"
+        )));
+    }
+    Ok(dataset)
 }
 
 /// Divides `classes` into training and test; the second value says whether test classes are also training classes.
-fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(Sides, bool)> {
+fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(SplitFiles, bool)> {
     let shown = root.display();
     let count = classes.len();
     let holds = format!("--data-root {shown} holds {} with pictures", counted(count));
@@ -210,7 +206,7 @@ fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Resu
         if count < 2 {
             return Err(Error::Dataset(format!("{holds}: at least 2 are needed to train")));
         }
-        return Ok((Sides { test: classes.clone(), train: classes, gallery: None }, true));
+        return Ok((SplitFiles { test: classes.clone(), train: classes, gallery: None }, true));
     }
     if count < 4 {
         return Err(Error::Dataset(format!(
@@ -230,11 +226,11 @@ fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Resu
     }
     let border = classes.keys().nth(first).cloned().unwrap_or_default();
     let test = classes.split_off(&border);
-    Ok((Sides { train: classes, test, gallery: None }, false))
+    Ok((SplitFiles { train: classes, test, gallery: None }, false))
 }
 
 /// The split by the folders `train`, and `test` or `query` and `gallery`, of `root`; none if it has no such folders.
-fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
+fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<SplitFiles>> {
     let holds_classes = |name: &str| {
         let folder = root.join(name);
         let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -242,17 +238,17 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
             entries.map(|entry| entry.path()).filter(|path| !is_hidden(path)).any(|path| path.is_dir());
         is_class.then_some(folder)
     };
-    let Some(places) = Places::of(holds_classes) else { return Ok(None) };
+    let Some(paths) = SplitPaths::of(holds_classes) else { return Ok(None) };
     for path in sorted_entries(root)? {
-        if !places.contain(&path) {
-            notes.passed.count(if path.is_dir() {
+        if !paths.contain(&path) {
+            notes.ignored.count(if path.is_dir() {
                 "folders beside train and test"
             } else {
                 "files beside train and test"
             });
         }
     }
-    let sides = places.read(|folder| classes_in(folder, root, notes))?;
+    let sides = paths.read(|folder| classes_in(folder, root, notes))?;
     for (name, side) in [("train", &sides.train), ("test", &sides.test)] {
         if side.len() < 2 {
             let (shown, holds) = (root.display(), counted(side.len()));
@@ -271,7 +267,7 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
     for path in sorted_entries(folder)? {
         if !path.is_dir() {
             loose += usize::from(is_picture(&path));
-            notes.passed.note(&path);
+            notes.ignored.note(&path);
             continue;
         }
         folders += 1;
@@ -280,7 +276,7 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
             if is_picture(&file) && file.is_file() {
                 pictures.push(file);
             } else {
-                notes.passed.note(&file);
+                notes.ignored.note(&file);
             }
         }
         let name = path.file_name().unwrap_or_default().to_owned();
@@ -311,12 +307,12 @@ struct Notes {
     warnings: Vec<String>,
     empty: Vec<String>,
     single: Vec<String>,
-    passed: PassedOver,
+    ignored: IgnoredFiles,
 }
 
 impl Notes {
     fn lines(self) -> Vec<String> {
-        let Self { mut warnings, empty, single, passed } = self;
+        let Self { mut warnings, empty, single, ignored } = self;
         if !empty.is_empty() {
             warnings.push(format!(
                 "{} left out, no picture inside: {}",
@@ -328,7 +324,7 @@ impl Notes {
             let (count, names) = (counted(single.len()), some_of(&single));
             warnings.push(format!("{count} with one picture only, without positives: {names}"));
         }
-        warnings.extend(passed.line());
+        warnings.extend(ignored.line());
         warnings
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::archive::Unpacking;
 use super::dataset::{Dataset, Source};
 use super::decode::PixelBox;
-use super::root::{Classes, Published, Root, number, relative};
+use super::root::{Classes, Published, Root, number, relative, source};
 use crate::Result;
 
 pub(super) const IN_SHOP: Published = Published {
@@ -39,7 +39,7 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
     // The list has paths img/...; in the download the folder is Img/img.
     let images = root.need(&["img", "Img/img"])?;
     let folder = images.parent().unwrap_or(Path::new(""));
-    let boxes = if crop { boxes(&root)? } else { HashMap::new() };
+    let boxes = crop.then(|| boxes(&root)).transpose()?;
     let pictures = table.read(|[file, item, side]| {
         let side = match side.as_str() {
             "train" => Side::Train,
@@ -47,12 +47,8 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
             "gallery" => Side::Gallery,
             other => return Err(format!("{other:?} is not train, query or gallery")),
         };
-        let path = folder.join(relative(file)?);
-        let source = match boxes.get(file) {
-            Some(&area) => Source::Part { path, area },
-            None if crop => return Err(format!("{file} has no line in list_bbox_inshop.txt")),
-            None => Source::File(path),
-        };
+        let missing = || format!("{file} has no line in list_bbox_inshop.txt");
+        let source = source(folder.join(relative(file)?), file, boxes.as_ref(), missing)?;
         Ok((item.clone(), side, source))
     })?;
     let mut train: BTreeMap<String, Vec<Source>> = BTreeMap::new();

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 
 use super::files::name_of_bytes;
-use super::folder::{Files, Places, Sides};
+use super::folder::{Files, SplitFiles, SplitPaths};
 use crate::{Error, Result};
 
 /// The split by the lists in `root`; none if there are no lists.
@@ -18,10 +18,10 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) for a line without class, a picture that does not exist or is listed
 /// twice, and a list with fewer than two classes.
-pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
+pub(super) fn sides(root: &Path) -> Result<Option<SplitFiles>> {
     let list = |name: &str| Some(root.join(format!("{name}.txt"))).filter(|path| path.is_file());
-    let Some(places) = Places::of(list) else { return Ok(None) };
-    places.read(|list| classes(root, list)).map(Some)
+    let Some(paths) = SplitPaths::of(list) else { return Ok(None) };
+    paths.read(|list| classes(root, list)).map(Some)
 }
 
 fn classes(root: &Path, list: &Path) -> Result<Files> {

@@ -32,8 +32,6 @@ pub struct ImageBatch {
     pub image_size: usize,
     /// Number of unreadable pictures that were replaced by another one of the class (training).
     pub replaced: usize,
-    /// Number of unreadable pictures that were left out (evaluation).
-    pub skipped: usize,
 }
 
 /// What the loader prepares, and how far ahead.
@@ -236,7 +234,7 @@ impl Shared {
         }
         let labels = indices.iter().map(|&index| self.split.labels()[index]).collect();
         let image_size = self.settings.image_size;
-        Some(Ok(ImageBatch { pixels, labels, indices, own, image_size, replaced, skipped: 0 }))
+        Some(Ok(ImageBatch { pixels, labels, indices, own, image_size, replaced }))
     }
 
     /// The picture at `place` of the batch. If it cannot be read, another of its class, if possible one that

@@ -35,7 +35,7 @@ pub use augment::{AugmentSettings, Cropper};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
 pub use evaluation::{EvaluationBatches, check_classes};
-pub(crate) use files::{KINDS, PassedOver, as_text, file_name, is_hidden, is_picture, name_of_bytes};
+pub(crate) use files::{IgnoredFiles, KINDS, file_name, is_hidden, is_picture, name_of_bytes};
 pub use folder::{FolderSettings, TrainClasses, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use preprocessing::{ChannelOrder, Preprocessing};

@@ -1,6 +1,8 @@
 //! Finds the files of a published data set, and reports missing ones.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,6 +10,7 @@ use rayon::prelude::*;
 
 use super::archive::{Unpacking, is_archive, unpack};
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
+use super::decode::PixelBox;
 use super::folder::counted;
 use crate::{Error, Result};
 
@@ -141,6 +144,28 @@ impl Root {
         ))
     }
 
+    /// Makes a data set of pictures with the numbers of their classes. Those up to `last` train. A class without `name` is `class 7`.
+    ///
+    /// # Errors
+    /// Those of [`dataset`](Self::dataset).
+    pub fn by_number(
+        &self,
+        pictures: Vec<(usize, Source)>,
+        last: usize,
+        name: impl Fn(usize) -> Option<String>,
+    ) -> Result<Dataset> {
+        let mut train: BTreeMap<usize, Vec<Source>> = BTreeMap::new();
+        for (class, source) in pictures {
+            train.entry(class).or_default().push(source);
+        }
+        let test = train.split_off(&(last + 1));
+        let named = |side: BTreeMap<usize, Vec<Source>>| -> Classes {
+            let name = |class| name(class).unwrap_or_else(|| format!("class {class}"));
+            side.into_iter().map(|(class, pictures)| (name(class), pictures)).collect()
+        };
+        self.dataset(named(train), named(test), None)
+    }
+
     /// Makes a data set of these classes after checking that all their files exist.
     ///
     /// # Errors
@@ -165,13 +190,6 @@ impl Root {
                 );
             }
         }
-        let matched = |i: usize, pictures: usize| match &gallery {
-            Some(gallery) => pictures > 0 && !gallery[i].1.is_empty(),
-            None => pictures > 1,
-        };
-        if !test.iter().enumerate().any(|(i, (_, pictures))| matched(i, pictures.len())) {
-            return Err(self.refuse("has no test class with two pictures, nothing to retrieve"));
-        }
         let (pictures, classes) = (files.len(), train.len() + test.len());
         let mut warnings = Vec::new();
         if (pictures, classes) != self.set.extent {
@@ -182,7 +200,7 @@ impl Root {
             ));
         }
         let split = |classes| Arc::new(Split::from_sources(classes, DEFAULT_CACHE_BYTES));
-        Ok(Dataset {
+        let dataset = Dataset {
             name: self.set.name.to_lowercase(),
             train: split(train),
             test: split(test),
@@ -190,7 +208,11 @@ impl Root {
             seen: false,
             recall_at: self.set.recall_at,
             warnings,
-        })
+        };
+        if !dataset.has_answers() {
+            return Err(self.refuse("has no test class with two pictures, nothing to retrieve"));
+        }
+        Ok(dataset)
     }
 }
 
@@ -217,6 +239,18 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     pub fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new(""))
     }
+}
+
+/// The picture at `path`, or its part in the box of `key` if there are `boxes`; `missing` is the error if that one has none.
+pub(super) fn source<K: Eq + Hash>(
+    path: PathBuf,
+    key: &K,
+    boxes: Option<&HashMap<K, PixelBox>>,
+    missing: impl Fn() -> String,
+) -> Result<Source, String> {
+    let Some(boxes) = boxes else { return Ok(Source::File(path)) };
+    let area = *boxes.get(key).ok_or_else(missing)?;
+    Ok(Source::Part { path, area })
 }
 
 /// Parses a number of a list; `what` describes it in the error.

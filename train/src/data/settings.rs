@@ -10,7 +10,8 @@ use super::dataset::Dataset;
 use super::folder::{FolderSettings, TrainClasses, folder};
 use super::synthetic::{SyntheticSettings, synthetic};
 use super::{cars196, cub200, in_shop, sop};
-use crate::{Error, Result};
+use crate::Result;
+use crate::error::fits;
 
 /// Where pictures come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -61,11 +62,11 @@ pub struct DatasetSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_classes: Option<TrainClasses>,
     /// Crop every picture to its bounding box (cars196, cub200, in-shop).
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     #[serde(default)]
     pub crop_to_box: bool,
     /// Seed of --dataset synthetic; figures of runs with different ones cannot be compared.
-    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    #[arg(long, value_name = "SEED", default_value_t = 0, hide_short_help = true)]
     pub data_seed: u64,
 }
 
@@ -80,39 +81,31 @@ impl DatasetSettings {
             (
                 !kind.is_on_disk() || self.data_root.is_some(),
                 "data-root",
-                "",
                 "missing: --dataset other than synthetic needs --data-root DIR: a folder with one folder of pictures a class \
                  (folder), or a data set as docs/datasets.md says",
             ),
             (
                 self.data_root.is_none() || kind.is_on_disk(),
                 "data-root",
-                "",
                 "needs --dataset folder, or the name of the set that lies there: the default is drawn and reads nothing",
             ),
             (
                 !self.crop_to_box || kind.has_boxes(),
                 "crop-to-box",
-                "",
                 "only cars196, cub200 and in-shop have boxes",
             ),
             (
                 self.train_classes.is_none() || kind == DatasetKind::Folder,
                 "train-classes",
-                "",
                 "for --dataset folder only: the others have a split of their own",
             ),
             (
                 self.data_seed == 0 || !kind.is_on_disk(),
                 "data-seed",
-                "",
                 "for --dataset synthetic only: the others draw no pictures",
             ),
         ];
-        match checks.into_iter().find(|(good, ..)| !good) {
-            Some((_, name, value, range)) => Err(Error::misuse(name, value, range)),
-            None => Ok(()),
-        }
+        checks.into_iter().try_for_each(|(good, name, range)| fits(good, name, "", range))
     }
 
     /// As [`open_until`](Self::open_until), but cannot be stopped.
@@ -128,9 +121,9 @@ impl DatasetSettings {
     /// `tell` is given a line before an archive is unpacked, which takes long; setting `stop` ends that.
     ///
     /// # Errors
-    /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or incomplete;
+    /// Those of [`validate`](Self::validate); [`Error::Dataset`](crate::Error::Dataset) if it is missing or incomplete;
     /// [`Format`](ddtas_io::Error::Format) for a damaged list or archive; [`Io`](ddtas_io::Error::Io);
-    /// [`Error::Stopped`].
+    /// [`Error::Stopped`](crate::Error::Stopped).
     pub fn open_until(&self, stop: &AtomicBool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.validate()?;
         let unpacking = &mut Unpacking { stop, tell };

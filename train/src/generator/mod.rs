@@ -11,19 +11,13 @@
 //! | `update.rs` | from hyper-gradients to the next lambda: rates, regularisation, range, ensemble |
 //! | `head.rs` | virtual step of the embedding head only, in closed form |
 //! | `full.rs` | virtual step of the whole network, tangent by central difference |
-//! | `neighbours.rs` | a meta objective without a threshold |
 
 pub mod full;
 pub mod head;
-mod neighbours;
 mod settings;
 mod update;
 
-pub use neighbours::neighbours;
-pub(crate) use settings::defaults;
-pub use settings::{
-    GeneratorKind, GeneratorSettings, MetaObjective, MetaSource, Optimizer, VirtualStep, VirtualStepKind,
-};
+pub use settings::{GeneratorKind, GeneratorSettings, MetaSource, Optimizer, VirtualStep, VirtualStepKind};
 pub use update::{Member, Thresholds, UpdateRule};
 
 use ddtas::loss::LossSettings;

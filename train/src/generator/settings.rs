@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Lambda;
 use crate::Result;
+use crate::arguments::defaults;
 use crate::error::{check, fits};
 
 /// Which parameters the virtual step of meta-learning updates.
@@ -64,17 +65,6 @@ pub struct VirtualStep {
     pub rate: f64,
 }
 
-/// The objective that the virtual step is evaluated with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MetaObjective {
-    /// The loss on the meta batch, at --lambda-reference.
-    #[default]
-    Loss,
-    /// The share of soft nearest neighbours in the meta batch that are of the right class; needs no threshold.
-    Neighbours,
-}
-
 /// Default number of classes in a meta batch, if there are as many.
 const META_CLASSES: usize = 5;
 
@@ -85,63 +75,60 @@ pub struct GeneratorSettings {
     #[arg(long = "generator", value_enum, default_value_t)]
     pub kind: GeneratorKind,
     /// Learn separate lambdas for positives and negatives.
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub lambda_pair: bool,
     /// Source of the meta batches.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub meta: MetaSource,
     /// Classes in a fresh meta batch [default: 5, or all there are].
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", hide_short_help = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub meta_classes: Option<usize>,
     /// Pictures of each class in a fresh meta batch.
-    #[arg(long, value_name = "K", default_value_t = 2)]
+    #[arg(long, value_name = "K", default_value_t = 2, hide_short_help = true)]
     pub meta_images: usize,
     /// Training batches in a recent meta batch.
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, hide_short_help = true)]
     pub meta_recent: usize,
-    /// Objective that the virtual step is evaluated with.
-    #[arg(long, value_enum, default_value_t)]
-    pub meta_objective: MetaObjective,
-    /// Loss threshold of the meta batch (--meta-objective loss).
-    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
+    /// Loss threshold of the meta batch.
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true, hide_short_help = true)]
     pub lambda_reference: f64,
     /// Length of the virtual step.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub virtual_step: VirtualStepKind,
     /// Rate of the virtual step, or its length (--virtual-step) [default: 1, or 0.1 for a unit step of the whole
     /// network].
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub virtual_rate: Option<f64>,
     /// Optimizer of lambda.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub lambda_optimizer: Optimizer,
     /// Learning rate of lambda.
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = 0.01, hide_short_help = true)]
     pub lambda_rate: f64,
     /// Learn lambda in a rehearsal of this many steps, then train a new network with that lambda; 0 learns it while
     /// training.
-    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    #[arg(long, value_name = "STEPS", default_value_t = 0, hide_short_help = true)]
     #[serde(default)]
     pub rehearsal: usize,
     /// L1 regularisation of lambda towards its initial value.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, hide_short_help = true)]
     pub lambda_l1: f64,
     /// L2 regularisation of lambda towards its initial value.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, hide_short_help = true)]
     pub lambda_l2: f64,
     /// Lower bound of lambda.
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, hide_short_help = true)]
     pub lambda_min: f64,
     /// Upper bound of lambda.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true, hide_short_help = true)]
     pub lambda_max: f64,
     /// Generators with different initial values and rates, whose mean is used (--generator head).
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, hide_short_help = true)]
     pub lambda_ensemble: usize,
     /// Start from the threshold generator of this checkpoint.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub generator_init: Option<PathBuf>,
 }
 
@@ -150,12 +137,6 @@ impl Default for GeneratorSettings {
     fn default() -> Self {
         defaults()
     }
-}
-
-/// Settings without arguments.
-pub(crate) fn defaults<T: clap::Args>() -> T {
-    let matches = T::augment_args(clap::Command::new("settings")).get_matches_from(["settings"]);
-    T::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 impl GeneratorSettings {

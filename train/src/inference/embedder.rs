@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
-use crate::data::{EvaluationBatches, Preprocessing, Split, check_image_size};
+use crate::arguments::name_of;
+use crate::data::{EvaluationBatches, Preprocessing, Split, check_classes, check_image_size};
 use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, NetworkShape, Normalise, Pooling, PoolingKind,
-    name_of, to_unit_rows,
+    checksum, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
 use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};
@@ -124,7 +124,7 @@ impl Embedder {
         let device = Device::flex();
         let pooling = settings.pooling.unwrap_or_else(|| kind.pooling());
         let backbone = Backbone::new(&NetworkShape::published(kind), &device).with_weights(weights)?;
-        let fingerprint = format!("{}-{}", fingerprint(&backbone)?, name_of(&pooling));
+        let fingerprint = format!("{:08x}-{}", checksum(&backbone)?, name_of(&pooling));
         Ok(Self {
             dim: backbone.features(),
             backbone,
@@ -174,7 +174,9 @@ impl Embedder {
         let shown = (self.image_size, self.preprocessing);
         let batches = EvaluationBatches::new(Arc::clone(split), shown, EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
-        embed_batches(|images| self.forward(images), &self.device, batches, progress)
+        let embedded = embed_batches(|images| self.forward(images), &self.device, batches, progress)?;
+        check_classes(split, &embedded.labels)?;
+        Ok(embedded)
     }
 
     /// An error if this machine's memory is too small for a chunk of `pictures` pictures.
@@ -198,18 +200,6 @@ impl Embedder {
             None => to_unit_rows(features),
         }
     }
-}
-
-/// CRC-32 of a backbone's weights; it does not depend on the file's format.
-fn fingerprint(backbone: &Backbone) -> Result<String> {
-    let mut sum = crc32fast::Hasher::new();
-    for tensor in backbone.collect(None, None, true) {
-        let (.., bytes) = tensor
-            .into_parts()
-            .map_err(|error| Error::Training(format!("weights cannot be read: {error}")))?;
-        sum.update(&bytes);
-    }
-    Ok(format!("{:08x}", sum.finalize()))
 }
 
 /// The pictures of a split that could not be read so far.

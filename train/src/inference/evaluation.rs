@@ -7,14 +7,13 @@ use std::time::Instant;
 use super::embedder::{self, Embedder, NetworkSettings};
 use super::file::{EmbeddingsFile, Format};
 use super::{Event, Skipped};
-use crate::data::{
-    Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text, check_image_size,
-};
+use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, check_image_size};
 use crate::train::{RunFolder, device};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{self, Metrics};
+use ddtas_io::files::as_text;
 use ndarray::ArrayView1;
 
 /// What to evaluate, and how.

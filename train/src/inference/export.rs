@@ -8,11 +8,10 @@ use std::time::Instant;
 use super::embedder::{Embedder, NetworkSettings, skipped};
 use super::file::{EmbeddingsFile, Format, check_beside};
 use super::origin;
-use super::pictures::{Pictures, name_of};
+use super::pictures::{Pictures, slash_separated};
 use super::{Event, Skipped};
-use crate::data::as_text;
 use crate::{Error, Result};
-use ddtas_io::files::check_output;
+use ddtas_io::files::{as_text, check_output};
 
 /// Metadata key of the checkpoint's fingerprint.
 pub(super) const CHECKPOINT: &str = "ddtas.checkpoint";
@@ -90,7 +89,7 @@ pub(super) fn embed_folder(
     pictures: &Pictures,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
-    pictures.passed_over.iter().for_each(|line| tell(Event::Warning(line)));
+    pictures.ignored.iter().for_each(|line| tell(Event::Warning(line)));
     let embedded = embedder.embed(&pictures.split, tell);
     let skipped = skipped(&pictures.split);
     if skipped.len() == pictures.paths.len() {
@@ -107,14 +106,14 @@ pub(super) fn embed_folder(
         paths.iter().map(|path| (folder(path).into_os_string(), 0)).collect();
     folders.values_mut().zip(0..).for_each(|(label, index)| *label = index);
     let labels = paths.iter().map(|path| folders[folder(path).as_os_str()]).collect();
-    let classes: Vec<String> = folders.keys().map(|folder| name_of(Path::new(folder))).collect();
+    let classes: Vec<String> = folders.keys().map(|folder| slash_separated(Path::new(folder))).collect();
     let mut metadata = origin::metadata(root, paths.iter().copied());
     metadata.insert(CHECKPOINT.to_owned(), embedder.fingerprint().to_owned());
     metadata.insert(CLASSES.to_owned(), serde_json::json!(classes).to_string());
     if embedder.flips() {
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
     }
-    let names = paths.iter().map(|path| name_of(path)).collect();
+    let names = paths.iter().map(|path| slash_separated(path)).collect();
     let file = EmbeddingsFile {
         values: embedded.view()?.to_owned(),
         labels: Some(labels),

@@ -93,7 +93,7 @@ pub enum Event<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Skipped {
     /// The file.
-    #[serde(serialize_with = "crate::data::as_text")]
+    #[serde(serialize_with = "ddtas_io::files::as_text")]
     pub path: PathBuf,
     /// The decoder's error.
     pub reason: String,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::data::{KINDS, PassedOver, Split, is_hidden, is_picture};
+use crate::data::{IgnoredFiles, KINDS, Split, is_hidden, is_picture};
 use crate::{Error, Result};
 
 /// Pictures by path, in sorted order.
@@ -14,7 +14,7 @@ pub(super) struct Pictures {
     /// The pictures as a split with a single class.
     pub(super) split: Arc<Split>,
     /// A line about the other files found, if any.
-    pub(super) passed_over: Option<String>,
+    pub(super) ignored: Option<String>,
 }
 
 impl Pictures {
@@ -27,7 +27,7 @@ impl Pictures {
             let state = if root.exists() { "is not a folder" } else { "does not exist" };
             return Err(Error::Dataset(format!("{} {state}: give a folder of pictures", root.display())));
         }
-        let (mut paths, mut passed) = (Vec::new(), PassedOver::default());
+        let (mut paths, mut ignored) = (Vec::new(), IgnoredFiles::default());
         let visible = |entry: &walkdir::DirEntry| entry.depth() == 0 || !is_hidden(entry.path());
         // Links are followed: collections often consist of links to the pictures.
         let entries = walkdir::WalkDir::new(root).follow_links(true).sort_by_file_name().into_iter();
@@ -38,11 +38,11 @@ impl Pictures {
                 Ok(entry) if is_picture(entry.path()) && entry.file_type().is_file() => {
                     paths.push(entry.into_path())
                 }
-                Ok(entry) => passed.note(entry.path()),
-                Err(error) if error.loop_ancestor().is_some() => passed.count("links in a circle"),
+                Ok(entry) => ignored.note(entry.path()),
+                Err(error) if error.loop_ancestor().is_some() => ignored.count("links in a circle"),
                 // `filter_entry` is not called for these: they may have hidden names.
                 Err(error) if error.path().is_some_and(|path| path.is_symlink() && !path.exists()) => {
-                    passed.count("broken links");
+                    ignored.count("broken links");
                 }
                 Err(error) => {
                     let path = error.path().unwrap_or(root).to_path_buf();
@@ -50,20 +50,20 @@ impl Pictures {
                 }
             }
         }
-        let passed_over = passed.line();
+        let ignored = ignored.line();
         if paths.is_empty() {
-            let also = passed_over.map_or_else(String::new, |line| format!(" ({line})"));
+            let also = ignored.map_or_else(String::new, |line| format!(" ({line})"));
             return Err(Error::Dataset(format!("no {KINDS} picture below {}{also}", root.display())));
         }
         let split = split(root, paths.clone());
         let below = |path: PathBuf| path.strip_prefix(root).map(Path::to_path_buf).unwrap_or(path);
-        Ok(Self { paths: paths.into_iter().map(below).collect(), split, passed_over })
+        Ok(Self { paths: paths.into_iter().map(below).collect(), split, ignored })
     }
 
     /// The given files.
     pub(super) fn of(paths: &[PathBuf]) -> Self {
         let split = split(Path::new("query"), paths.to_vec());
-        Self { paths: paths.to_vec(), split, passed_over: None }
+        Self { paths: paths.to_vec(), split, ignored: None }
     }
 }
 
@@ -73,7 +73,7 @@ fn split(root: &Path, paths: Vec<PathBuf>) -> Arc<Split> {
 }
 
 /// A path as text, with `/` between its parts.
-pub(super) fn name_of(path: &Path) -> String {
+pub(super) fn slash_separated(path: &Path) -> String {
     let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
     parts.join("/")
 }
@@ -109,11 +109,11 @@ mod tests {
             std::fs::write(root.join(name), b"").unwrap();
         }
         let pictures = Pictures::below(root).unwrap();
-        let names: Vec<String> = pictures.paths.iter().map(|path| name_of(path)).collect();
+        let names: Vec<String> = pictures.paths.iter().map(|path| slash_separated(path)).collect();
         assert_eq!(names, ["b/1.Jpg", "b/deep/10.jpg", "b/deep/2.jpeg", "z.PNG"]);
         assert_eq!(pictures.split.len(), 4);
         let passed = "passed over, not read as pictures: 2 .heic, 1 .txt, 1 without extension";
-        assert_eq!(pictures.passed_over.as_deref(), Some(passed));
+        assert_eq!(pictures.ignored.as_deref(), Some(passed));
         assert!(Pictures::below(&root.join("a.txt")).is_err());
         assert!(Pictures::below(&root.join("none")).is_err());
         assert!(Pictures::below(&root.join(".hidden")).is_ok(), "what was asked for by name is looked into");
@@ -135,13 +135,13 @@ mod tests {
         std::os::unix::fs::symlink(root.join("nowhere"), root.join("gone.png")).unwrap();
         let pictures = Pictures::below(root).unwrap();
         assert_eq!(
-            pictures.passed_over.as_deref(),
+            pictures.ignored.as_deref(),
             Some("passed over, not read as pictures: 1 broken links, 1 links in a circle")
         );
         let kept = bytes_of(pictures.paths.iter().map(PathBuf::as_path));
         assert_eq!(kept.keys().collect::<Vec<_>>(), [&1]);
         assert!(root.join(crate::data::name_of_bytes(&kept[&1])).is_file());
-        assert_eq!(name_of(&pictures.paths[1]), "caf\u{fffd}/1.png");
+        assert_eq!(slash_separated(&pictures.paths[1]), "caf\u{fffd}/1.png");
     }
 
     #[cfg(unix)]
@@ -153,6 +153,6 @@ mod tests {
         assert!(pipe.unwrap().success());
         let pictures = Pictures::below(folder.path()).unwrap();
         assert_eq!(pictures.paths, [PathBuf::from("1.png")]);
-        assert!(pictures.passed_over.is_some());
+        assert!(pictures.ignored.is_some());
     }
 }

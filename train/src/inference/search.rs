@@ -8,11 +8,11 @@ use super::file::EmbeddingsFile;
 use super::origin::Origin;
 use super::pictures::Pictures;
 use super::{Event, Skipped};
-use crate::data::as_text;
 use crate::train::device;
 use crate::{Error, Result};
 use ddtas::backend::Nearest;
 use ddtas::loss::Rows;
+use ddtas_io::files::as_text;
 
 /// What to look for, and where.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]

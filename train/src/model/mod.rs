@@ -11,6 +11,7 @@ mod weights;
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
+use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor, TensorData};
 use ddtas_io::console::one_line;
 use ndarray::Array2;
@@ -20,6 +21,7 @@ pub use batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
 pub use head::{EmbeddingHead, HeadKind, to_unit_rows};
 pub use pooling::{Features, Pooling, PoolingKind};
 
+use crate::arguments::name_of;
 use crate::{Error, Result};
 
 /// A network from images to unit embeddings.
@@ -110,12 +112,6 @@ impl std::fmt::Display for NetworkShape {
     }
 }
 
-/// Name of an enum's value on the command line.
-#[must_use]
-pub fn name_of(value: &impl clap::ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-}
-
 /// Whether a field is left out of files, so that files of versions without the field can be read and do not change.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -159,6 +155,18 @@ pub fn backward<M: Module>(embeddings: Tensor<2>, gradient: &Array2<f32>, networ
         TensorData::new(gradient.iter().copied().collect::<Vec<f32>>(), [gradient.nrows(), gradient.ncols()]);
     let gradient = Tensor::<2>::from_data(data, &embeddings.device());
     GradientsParams::from_grads((embeddings * gradient).sum().backward(), network)
+}
+
+/// CRC-32 of a module's weights and statistics; for published weights it does not depend on the file's format.
+pub(crate) fn checksum(module: &impl ModuleSnapshot) -> Result<u32> {
+    let mut sum = crc32fast::Hasher::new();
+    for tensor in module.collect(None, None, true) {
+        let (.., bytes) = tensor
+            .into_parts()
+            .map_err(|error| Error::Training(format!("weights cannot be read: {error}")))?;
+        sum.update(&bytes);
+    }
+    Ok(sum.finalize())
 }
 
 /// Copies a tensor from the device, as `[rows, columns]`.

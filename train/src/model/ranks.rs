@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
 
-use super::{EmbeddingNetwork, read};
+use super::{EmbeddingNetwork, checksum, read};
 use crate::ranks::{Collective, gather};
 use crate::{Error, Result};
 
@@ -37,10 +37,9 @@ pub(crate) fn mean_statistics(
     }
     // Evaluation mode makes Burn apply pending updates of the running statistics.
     drop(network.valid());
-    let mut found = Values { values: Ok(Vec::new()), wanted: Wanted::Statistics };
+    let mut found = Statistics(Ok(Vec::new()));
     network.visit(&mut found);
-    let mut values: Vec<f32> =
-        found.values?.into_iter().map(|value| (f64::from(value) * share) as f32).collect();
+    let mut values: Vec<f32> = found.0?.into_iter().map(|value| (f64::from(value) * share) as f32).collect();
     ranks.all_reduce(&mut values)?;
     Ok(network.map(&mut Replace { values: values.into_iter() }))
 }
@@ -54,10 +53,7 @@ pub(crate) fn check_same_weights(
     if ranks.size() == 1 {
         return Ok(());
     }
-    let mut found = Values { values: Ok(Vec::new()), wanted: Wanted::All };
-    network.valid().visit(&mut found);
-    let own = crc32fast::hash(bytemuck::cast_slice(&found.values?));
-    let all: Vec<u32> = gather(ranks, &[own])?;
+    let all: Vec<u32> = gather(ranks, &[checksum(&network.valid())?])?;
     match all.iter().position(|&other| other != all[0]) {
         Some(rank) => Err(Error::Training(format!(
             "rank {rank} has other weights than rank 0 before step {}: all ranks need the same program, the same kind of processor, \
@@ -99,30 +95,16 @@ impl ModuleVisitor for Sums<'_> {
     }
 }
 
-/// Which tensors of a module to collect.
-#[derive(Clone, Copy, PartialEq)]
-enum Wanted {
-    All,
-    /// Those without gradient: the running statistics.
-    Statistics,
-}
+/// Collects the tensors of a module without gradient, the running statistics, in one vector.
+struct Statistics(Result<Vec<f32>>);
 
-/// Collects tensors of a module in one vector.
-struct Values {
-    values: Result<Vec<f32>>,
-    wanted: Wanted,
-}
-
-impl ModuleVisitor for Values {
+impl ModuleVisitor for Statistics {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.val();
-        if self.wanted == Wanted::Statistics && tensor.is_require_grad() {
-            return;
-        }
-        if let Ok(values) = &mut self.values {
+        if let (Ok(values), false) = (&mut self.0, tensor.is_require_grad()) {
             match read(tensor) {
                 Ok(found) => values.extend(found),
-                Err(error) => self.values = Err(error),
+                Err(error) => self.0 = Err(error),
             }
         }
     }

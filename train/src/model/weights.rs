@@ -13,7 +13,8 @@ use ddtas_io::console::one_line;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
-use super::{Backbone, BackboneKind, NetworkShape, name_of};
+use super::{Backbone, BackboneKind, NetworkShape};
+use crate::arguments::name_of;
 use crate::{Error, Result};
 
 /// Prefixes of all tensor names in files of other programs.

@@ -182,9 +182,9 @@ impl Communicator {
         if self.broken {
             return Err(Error::Lost("NCCL was given up before".into()));
         }
-        let carried = self.staging.take(own, count).and_then(|ends| {
+        let carried = self.staging.upload(own, count).and_then(|ends| {
             self.carried(call(&ends, self.raw))?;
-            self.staging.give(count)
+            self.staging.download(count)
         });
         self.broken = carried.is_err();
         carried

@@ -79,11 +79,11 @@ pub(super) fn meet(
 ) -> Result<Meeting> {
     check_place("rendezvous", file)?;
     let own = Member::this(size)?;
-    if rank == 0 { call(file, own, limit, id) } else { come(file, rank, own, limit) }
+    if rank == 0 { lead(file, own, limit, id) } else { join(file, rank, own, limit) }
 }
 
 /// What rank 0 does.
-fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<Vec<u8>>) -> Result<Meeting> {
+fn lead(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<Vec<u8>>) -> Result<Meeting> {
     let size = own.size;
     let entries: Vec<PathBuf> = (1..size).map(|rank| entry(file, rank)).collect();
     // Only rendezvous files are removed; reading another file is an error.
@@ -122,7 +122,7 @@ fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<V
 }
 
 /// What the other ranks do.
-fn come(file: &Path, rank: usize, own: Member, limit: Duration) -> Result<Meeting> {
+fn join(file: &Path, rank: usize, own: Member, limit: Duration) -> Result<Meeting> {
     let entry = entry(file, rank);
     let mut meeting = None;
     until(limit, || {

@@ -53,7 +53,7 @@ impl Staging {
     }
 
     /// Copies `own` to the GPU, and makes room for `count` received bytes.
-    pub fn take(&mut self, own: &[u8], count: usize) -> Result<Ends> {
+    pub fn upload(&mut self, own: &[u8], count: usize) -> Result<Ends> {
         self.copy_in(own, count).map_err(refused)?;
         let (from, _) = self.outgoing.device_ptr(&self.stream);
         let (to, _) = self.incoming.device_ptr_mut(&self.stream);
@@ -83,7 +83,7 @@ impl Staging {
     }
 
     /// Copies the first `count` received bytes to the host.
-    pub fn give(&self, count: usize) -> Result<Vec<u8>> {
+    pub fn download(&self, count: usize) -> Result<Vec<u8>> {
         let mut received = vec![0u8; count];
         if count > 0 {
             let copied = self.stream.memcpy_dtoh(&self.incoming.slice(..count), &mut received);

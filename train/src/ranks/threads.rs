@@ -10,9 +10,9 @@ use super::{Collective, Messages, share};
 use crate::{Error, Result};
 
 /// The message of a rank.
-type Post = Arc<Vec<u8>>;
+type Message = Arc<Vec<u8>>;
 
-/// State shared by all ranks. In a meeting each rank brings a message and receives those of all.
+/// State shared by all ranks. In a meeting each rank deposits a message and receives those of all.
 struct Group {
     state: Mutex<State>,
     /// Notifies of the end of a meeting, or of a rank's failure.
@@ -22,10 +22,10 @@ struct Group {
 struct State {
     /// Number of meetings so far.
     meeting: u64,
-    /// Messages brought to the next meeting so far, by rank.
-    brought: Vec<Option<Post>>,
+    /// Messages deposited for the next meeting so far, by rank.
+    deposited: Vec<Option<Message>>,
     /// Messages of the last meeting, by rank.
-    last: Vec<Post>,
+    last: Vec<Message>,
     /// The first rank that has failed, and its reason.
     failed: Option<(usize, String)>,
 }
@@ -44,7 +44,7 @@ struct Thread {
 /// Errors of `work` on rank 0, which are [`Error::Rank`] if another rank has failed;
 /// [`ddtas::Error::Unavailable`] if no thread can be started.
 pub fn on_threads<T: Send>(size: usize, work: impl Fn(Rc<dyn Collective>) -> Result<T> + Sync) -> Result<T> {
-    let state = State { meeting: 0, brought: vec![None; size], last: Vec::new(), failed: None };
+    let state = State { meeting: 0, deposited: vec![None; size], last: Vec::new(), failed: None };
     let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new() });
     let threads = (rayon::current_num_threads() / size.max(1)).max(1);
     let unavailable = |what: String| ddtas::Error::Unavailable(format!("cannot start a rank: {what}"));
@@ -81,13 +81,13 @@ impl Group {
 }
 
 impl Thread {
-    /// Brings `own`, waits for all ranks, and returns their messages.
-    fn meet(&self, own: Vec<u8>) -> Result<Vec<Post>> {
+    /// Deposits `own`, waits for all ranks, and returns their messages.
+    fn meet(&self, own: Vec<u8>) -> Result<Vec<Message>> {
         let mut state = self.group.lock();
         let meeting = state.meeting;
-        state.brought[self.rank] = Some(Arc::new(own));
-        if state.failed.is_none() && state.brought.iter().all(Option::is_some) {
-            state.last = state.brought.iter_mut().filter_map(Option::take).collect();
+        state.deposited[self.rank] = Some(Arc::new(own));
+        if state.failed.is_none() && state.deposited.iter().all(Option::is_some) {
+            state.last = state.deposited.iter_mut().filter_map(Option::take).collect();
             state.meeting += 1;
             self.group.changed.notify_all();
         }
@@ -121,19 +121,19 @@ impl Collective for Thread {
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {
-        let posts = self.meet(own.to_vec())?;
+        let messages = self.meet(own.to_vec())?;
         self.count(own.len() * (self.size - 1));
-        let lengths = posts.iter().map(|post| post.len()).collect();
-        Ok(Messages { bytes: posts.iter().flat_map(|post| post.iter().copied()).collect(), lengths })
+        let lengths = messages.iter().map(|message| message.len()).collect();
+        Ok(Messages { bytes: messages.iter().flat_map(|message| message.iter().copied()).collect(), lengths })
     }
 
     fn exchange(&self, values: &[f32]) -> Result<Vec<f32>> {
         let own = share(values.len(), self.rank, self.size);
-        let posts = self.meet(bytemuck::cast_slice(values).to_vec())?;
+        let messages = self.meet(bytemuck::cast_slice(values).to_vec())?;
         self.count(size_of::<f32>() * (values.len() - own.len()));
         let bytes = own.start * size_of::<f32>()..own.end * size_of::<f32>();
-        let part = |post: &Post| bytemuck::pod_collect_to_vec::<u8, f32>(&post[bytes.clone()]);
-        Ok(posts.iter().flat_map(part).collect())
+        let part = |message: &Message| bytemuck::pod_collect_to_vec::<u8, f32>(&message[bytes.clone()]);
+        Ok(messages.iter().flat_map(part).collect())
     }
 
     fn broadcast(&self, message: Vec<u8>) -> Result<Vec<u8>> {

@@ -7,8 +7,8 @@ use crate::model::EmbeddingNetwork;
 use crate::{Error, Result};
 use ddtas::backend::{self, AutoDevice, Backend, DeviceSpec};
 
-/// The device of a run.
-pub(super) struct Place {
+/// The device of a run, for its network and for its loss.
+pub(super) struct RunDevice {
     /// For the backends of the loss; never [`DeviceSpec::Auto`].
     pub spec: DeviceSpec,
     /// For the network, with autodiff.
@@ -21,7 +21,7 @@ pub(super) struct Place {
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) if this build has no network on that device.
-pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
+pub(super) fn find(asked: DeviceSpec, local_rank: usize) -> Result<RunDevice> {
     let (spec, reason) = match asked {
         DeviceSpec::Auto => automatic(backend::auto(), local_rank),
         other => (other, None),
@@ -31,7 +31,7 @@ pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
         DeviceSpec::Emulated => emulated(),
         DeviceSpec::Auto | DeviceSpec::Cpu => Device::flex(),
     };
-    Ok(Place { spec, network: network.autodiff(), reason })
+    Ok(RunDevice { spec, network: network.autodiff(), reason })
 }
 
 /// Opens the backend of `--device`.
@@ -141,12 +141,12 @@ mod tests {
 
     #[test]
     fn network_and_loss_are_on_the_same_device() {
-        let cpu = place(DeviceSpec::Cpu, 0).unwrap();
+        let cpu = find(DeviceSpec::Cpu, 0).unwrap();
         assert_eq!((cpu.spec, cpu.network, cpu.reason), (DeviceSpec::Cpu, Device::flex(), None));
-        let auto = place(DeviceSpec::Auto, 0).unwrap();
+        let auto = find(DeviceSpec::Auto, 0).unwrap();
         assert_eq!(auto.network == Device::flex(), auto.spec == DeviceSpec::Cpu);
-        match place(DeviceSpec::Cuda(1), 0) {
-            Ok(place) => assert!(place.network != Device::flex() && place.spec == DeviceSpec::Cuda(1)),
+        match find(DeviceSpec::Cuda(1), 0) {
+            Ok(found) => assert!(found.network != Device::flex() && found.spec == DeviceSpec::Cuda(1)),
             Err(error) => assert!(error.to_string().contains("--features train-cuda"), "{error}"),
         }
     }

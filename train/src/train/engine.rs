@@ -45,7 +45,7 @@ pub(super) struct EngineState {
 
 /// How a step computes the gradients of the weights from dL/dE.
 #[derive(Clone, Copy)]
-enum Way {
+enum GradientPath {
     /// Through the network.
     Whole,
     /// Through the network in chunks, with another forward pass of each.
@@ -262,7 +262,7 @@ impl Engine {
         if let Some(lambda) = self.pending.take() {
             self.loss = lambda.applied_to(&self.loss);
         }
-        let (features, embeddings, way) = self.forward(step, batch);
+        let (features, embeddings, path) = self.forward(step, batch);
         let learns = self.generator.as_mut().is_some_and(|generator| generator.begin(step));
         let meta = meta.filter(|_| learns);
         if learns {
@@ -272,7 +272,7 @@ impl Engine {
         self.spread = spread(values.view());
         let moved = self.evaluate_loss(values.view(), batch).map_err(|error| diverged(error, step))?;
         if moved {
-            self.update(step, batch, (embeddings, way, values.view()), meta)?;
+            self.update(step, batch, (embeddings, path, values.view()), meta)?;
         }
         if self.mode == Normalise::Training && !self.is_synchronised && self.ranks.size() > 1 {
             let share = batch.own.len() as f64 / batch.labels.len() as f64;
@@ -286,20 +286,20 @@ impl Engine {
         Ok(moved)
     }
 
-    /// Features and embeddings of the rank's own pictures, and the way from dL/dE to the weights.
-    fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, Way) {
+    /// Features and embeddings of the rank's own pictures, and the path from dL/dE to the weights.
+    fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, GradientPath) {
         let rows = batch.own.len();
         let constant = || chunks::features(&self.network, batch, self.chunk_size, self.mode, &self.device);
         if step < self.head_steps {
             let features = Tensor::from_inner(constant());
-            (features.clone(), self.network.head.forward(features), Way::Head)
+            (features.clone(), self.network.head.forward(features), GradientPath::Head)
         } else if (1..rows).contains(&self.chunk_size) {
             let features = constant();
-            (features.clone(), self.network.head.valid().forward(features), Way::Chunks)
+            (features.clone(), self.network.head.valid().forward(features), GradientPath::Chunks)
         } else {
             let images = image_tensor(batch, &self.device);
             let features = self.network.features(images, self.mode);
-            (features.clone(), self.network.head.forward(features), Way::Whole)
+            (features.clone(), self.network.head.forward(features), GradientPath::Whole)
         }
     }
 
@@ -308,14 +308,14 @@ impl Engine {
         &mut self,
         step: usize,
         batch: &ImageBatch,
-        (embeddings, way, values): (Tensor<2>, Way, ArrayView2<'_, f32>),
+        (embeddings, path, values): (Tensor<2>, GradientPath, ArrayView2<'_, f32>),
         meta: Option<&ImageBatch>,
     ) -> Result<()> {
         let gradient = &self.output.gradient;
-        let gradients = match way {
-            Way::Whole => backward(embeddings, gradient, &self.network),
-            Way::Head => backward(embeddings, gradient, &self.network.head),
-            Way::Chunks => {
+        let gradients = match path {
+            GradientPath::Whole => backward(embeddings, gradient, &self.network),
+            GradientPath::Head => backward(embeddings, gradient, &self.network.head),
+            GradientPath::Chunks => {
                 let size = self.chunk_size;
                 chunks::gradients(&self.network, batch, gradient, size, self.mode, &self.device)
             }
@@ -435,7 +435,6 @@ pub fn embed_batches(
     let mut dim = 0;
     for batch in batches {
         let batch = batch?;
-        embedded.skipped += batch.skipped;
         if batch.labels.is_empty() {
             continue;
         }
@@ -458,13 +457,11 @@ pub fn embed_batches(
 /// The embeddings of a split.
 #[derive(Debug, Clone, Default)]
 pub struct Embedded {
-    values: Vec<f32>,
+    pub(super) values: Vec<f32>,
     /// Label of each row.
     pub labels: Vec<i64>,
     /// Picture of each row, an index into the split.
     pub indices: Vec<usize>,
-    /// Pictures left out because they cannot be read.
-    pub skipped: usize,
 }
 
 impl Embedded {
@@ -476,9 +473,8 @@ impl Embedded {
         if ranks.size() == 1 {
             return Ok(self);
         }
-        let skipped = gather(ranks, &[self.skipped])?.into_iter().sum();
         let (labels, indices) = (gather(ranks, &self.labels)?, gather(ranks, &self.indices)?);
-        Ok(Self { values: gather(ranks, &self.values)?, labels, indices, skipped })
+        Ok(Self { values: gather(ranks, &self.values)?, labels, indices })
     }
 
     /// The embeddings, `[N, dim]`.

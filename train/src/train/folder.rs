@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoint::BEST;
 use super::records::RecordWriter;
-use super::settings::TrainSettings;
+use super::settings::{TrainSettings, drop_removed};
 use crate::{Error, Result};
 use ddtas_io::files;
 
@@ -77,7 +77,8 @@ impl RunFolder {
     pub fn settings_in(&self, config: &[u8]) -> Result<TrainSettings> {
         let bad = |error: toml::de::Error| Error::format(self.config(), error.message());
         let settings: TrainSettings = toml::from_slice(config).map_err(bad)?;
-        let given: toml::Table = toml::from_slice(config).map_err(bad)?;
+        let mut given: toml::Table = toml::from_slice(config).map_err(bad)?;
+        drop_removed(&mut given);
         // serde ignores unknown keys here, since `deny_unknown_fields` does not work with flattened structs.
         let known = toml::Table::try_from(&settings).unwrap_or_default();
         match unknown(&given, &known) {

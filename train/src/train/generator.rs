@@ -11,10 +11,7 @@ use super::checkpoint::archive::Archive;
 use super::memory::Memory;
 use crate::data::ImageBatch;
 use crate::generator::head::{Head, Losses, hypergradient};
-use crate::generator::{
-    GeneratorKind, GeneratorSettings, Lambda, MetaObjective, MetaSource, Thresholds, UpdateRule, full,
-    neighbours,
-};
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, MetaSource, Thresholds, UpdateRule, full};
 use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
 use crate::ranks::{Collective, gather_rows};
 use crate::train::PairLoss;
@@ -52,7 +49,6 @@ pub struct Generator {
 struct MetaLoss {
     backend: Box<dyn Backend>,
     output: LossOutput,
-    objective: MetaObjective,
     /// The reference threshold lambda_ref.
     reference: f64,
 }
@@ -61,8 +57,7 @@ impl Generator {
     /// A generator with the state `thresholds`, and a separate backend for meta batches.
     #[must_use]
     pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
-        let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
-        let meta = MetaLoss { backend, output: LossOutput::default(), objective, reference };
+        let meta = MetaLoss { backend, output: LossOutput::default(), reference: settings.lambda_reference };
         let rule = UpdateRule::at(0, &settings);
         Self { settings, thresholds, rule, held: false, meta, recent: VecDeque::new(), hypergradient: None }
     }
@@ -274,17 +269,8 @@ impl MetaLoss {
         labels: &[i64],
         loss: &LossSettings,
     ) -> Result<&Array2<f32>> {
-        match self.objective {
-            MetaObjective::Loss => {
-                let settings = loss.with_lambda(self.reference);
-                self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
-            }
-            MetaObjective::Neighbours => {
-                let (value, gradient) = neighbours(embeddings.mapv(f64::from).view(), labels);
-                self.output.loss = value;
-                self.output.gradient = gradient.mapv(|value| value as f32);
-            }
-        }
+        let settings = loss.with_lambda(self.reference);
+        self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
         Ok(&self.output.gradient)
     }
 }

@@ -44,31 +44,31 @@ pub enum Decayed {
 #[serde(default)]
 pub struct OptimizerSettings {
     /// The optimizer.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub optimizer: OptimizerKind,
     /// Weights that --weight-decay applies to.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub weight_decay_on: Decayed,
     /// Peak learning rate of the embedding head [default: --learning-rate].
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", hide_short_help = true)]
     pub head_learning_rate: Option<f64>,
     /// First steps in which only the embedding head is trained.
-    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    #[arg(long, value_name = "STEPS", default_value_t = 0, hide_short_help = true)]
     pub head_steps: usize,
     /// The learning rate after the warm-up.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, hide_short_help = true)]
     pub schedule: ScheduleKind,
     /// Steps at which the learning rate falls (--schedule step), separated by commas, such as 4000,6000.
-    #[arg(long, value_name = "STEPS", value_delimiter = ',')]
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', hide_short_help = true)]
     pub milestones: Vec<usize>,
     /// Factor of the learning rate at each milestone.
-    #[arg(long, value_name = "FACTOR", default_value_t = MILESTONE_FACTOR)]
+    #[arg(long, value_name = "FACTOR", default_value_t = MILESTONE_FACTOR, hide_short_help = true)]
     pub milestone_factor: f64,
     /// Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
-    #[arg(long, value_name = "DECAY", default_value_t = 0.0)]
+    #[arg(long, value_name = "DECAY", default_value_t = 0.0, hide_short_help = true)]
     pub ema: f64,
     /// Pictures that go through the network at a time, with the loss over the whole batch (GradCache); 0 for all at once.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Batches", hide_short_help = true)]
     pub chunk_size: usize,
 }
 

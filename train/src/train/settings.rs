@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
+use crate::arguments::{defaults, name_of};
 use crate::data::{DatasetSettings, check_image_size};
 use crate::error::{check, fits};
-use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, defaults};
-use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, name_of, network_sizes};
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
 use crate::train::PairLoss;
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
@@ -22,6 +23,20 @@ const STEPS: &str = "1 to 2147483648";
 /// Default number of classes in a batch, if there are as many.
 const CLASSES_PER_BATCH: usize = 16;
 const COUNT: &str = "0 to 2147483648";
+
+/// Removed settings that files of older versions hold: table, key, and the value that every run has now.
+const REMOVED: [(&str, &str, &str); 1] = [("generator", "meta_objective", "loss")];
+
+/// Removes from the settings in a file those that no longer exist, if they have the value that every run has now.
+pub(super) fn drop_removed(settings: &mut toml::Table) {
+    for (table, key, value) in REMOVED {
+        if let Some(toml::Value::Table(table)) = settings.get_mut(table)
+            && table.get(key).and_then(toml::Value::as_str) == Some(value)
+        {
+            table.remove(key);
+        }
+    }
+}
 
 /// Batch normalisation while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -49,141 +64,159 @@ impl BatchNorm {
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct TrainSettings {
     /// The data set.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Data")]
     #[serde(flatten)]
     pub data: DatasetSettings,
 
     /// Side of the square pictures the network sees, in pixels.
-    #[arg(long, default_value_t = 48)]
+    #[arg(long, default_value_t = 48, help_heading = "Data")]
     pub image_size: usize,
     /// Dimensions of an embedding.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, help_heading = "Network")]
     pub embedding_dim: usize,
     /// The network that turns pictures into features.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = "Network")]
     #[serde(default)]
     pub backbone: BackboneKind,
     /// Pretrained weights of --backbone: .safetensors, .pth or .pt.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Network")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<PathBuf>,
     /// How features are pooled over the picture [default: avg; cls for a transformer].
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, help_heading = "Network", hide_short_help = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pooling: Option<PoolingKind>,
     /// Channels of the first stage of --backbone residual; the next two stages have twice and four times as many.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, help_heading = "Network", hide_short_help = true)]
     pub width: usize,
     /// Residual blocks per stage of --backbone residual.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, help_heading = "Network", hide_short_help = true)]
     pub depth: usize,
     /// The layers between the backbone's features and the embedding.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = "Network", hide_short_help = true)]
     #[serde(default)]
     pub head: HeadKind,
     /// Batch normalisation while training; frozen needs --weights or --init.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = "Network", hide_short_help = true)]
     pub batch_norm: BatchNorm,
     /// Start from the weights of a checkpoint of ddtas-train, or of the best checkpoint in a run folder.
-    #[arg(long, value_name = "FILE|RUN")]
+    #[arg(long, value_name = "FILE|RUN", help_heading = "Network")]
     pub init: Option<PathBuf>,
 
     /// The loss.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, help_heading = "Loss")]
     pub loss: PairLoss,
     /// Which pairs enter the loss.
-    #[arg(long, default_value_t, value_parser = mining())]
+    #[arg(long, default_value_t, value_parser = mining(), help_heading = "Loss")]
     pub mining: Mining,
     /// Mining tolerance gamma, a difference of cosine similarities.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1, help_heading = "Loss", hide_short_help = true)]
     pub gamma: f64,
     /// Tolerance for negatives, as a multiple of gamma: 0.1 in the paper, more from random weights.
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.5, help_heading = "Loss", hide_short_help = true)]
     pub negative_ratio: f64,
     /// AT-ASMS adapts the tolerances in batches where the negatives within this multiple of gamma (the probe) outnumber
     /// the positives.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1, help_heading = "Loss", hide_short_help = true)]
     pub probe_ratio: f64,
     /// Factor k of AT-ASMS: it scales gamma by 1 + t for positives and by 1 - t for negatives, with t below k.
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.5, help_heading = "Loss", hide_short_help = true)]
     pub tolerance: f64,
     /// Steepness of the loss on negatives: 40 in the paper, less from random weights.
-    #[arg(long, default_value_t = 20.0)]
+    #[arg(long, default_value_t = 20.0, help_heading = "Loss", hide_short_help = true)]
     pub alpha: f64,
     /// Steepness of the loss on positives.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, help_heading = "Loss", hide_short_help = true)]
     pub beta: f64,
     /// Loss threshold lambda, a cosine similarity: 0.7 in the paper, 0.8 to 0.9 from random weights.
-    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true, help_heading = "Loss")]
     pub lambda: f64,
     /// Loss threshold of positives [default: --lambda].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Loss", hide_short_help = true)]
     pub lambda_pos: Option<f64>,
     /// Loss threshold of negatives [default: --lambda].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Loss", hide_short_help = true)]
     pub lambda_neg: Option<f64>,
     /// Margin of --loss contrastive and multi-similarity, a cosine similarity: contrastive pushes negatives below it,
     /// multi-similarity weights pairs by their distance to it [default: 0.5].
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Loss", hide_short_help = true)]
     pub margin: Option<f64>,
 
     /// Classes in a batch (P) [default: 16, or all there are].
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", help_heading = "Batches")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes_per_batch: Option<usize>,
     /// Pictures of each class in a batch (K).
-    #[arg(long, value_name = "K", default_value_t = 5)]
+    #[arg(long, value_name = "K", default_value_t = 5, help_heading = "Batches")]
     pub images_per_class: usize,
     /// Smallest share of a picture's area that a random crop takes; 1 crops to a square only.
-    #[arg(long, default_value_t = 0.6)]
+    #[arg(long, default_value_t = 0.6, help_heading = "Data", hide_short_help = true)]
     pub smallest_crop: f64,
     /// Training steps; with --resume those of the whole run, which may be more or fewer than before.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, help_heading = "Runs")]
     pub steps: usize,
     /// Peak learning rate.
-    #[arg(long, visible_alias = "lr", value_name = "RATE", default_value_t = 2e-3)]
+    #[arg(
+        long,
+        visible_alias = "lr",
+        value_name = "RATE",
+        default_value_t = 2e-3,
+        help_heading = "Optimisation"
+    )]
     pub learning_rate: f64,
     /// Share of the steps in which the learning rate rises to its peak.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.4,
+        help_heading = "Optimisation",
+        hide_short_help = true
+    )]
     pub warm_up: f64,
     /// Weight decay.
-    #[arg(long, default_value_t = 1e-2)]
+    #[arg(long, default_value_t = 1e-2, help_heading = "Optimisation", hide_short_help = true)]
     pub weight_decay: f32,
     /// The optimizer.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Optimisation")]
     #[serde(flatten)]
     pub optimizer: OptimizerSettings,
     /// Epochs between evaluations; 0 evaluates only before and after training.
-    #[arg(long, value_name = "EPOCHS", default_value_t = 2)]
+    #[arg(
+        long,
+        value_name = "EPOCHS",
+        default_value_t = 2,
+        help_heading = "Evaluation",
+        hide_short_help = true
+    )]
     pub evaluate_every: usize,
     /// Cross-batch memory: embeddings of earlier batches that the loss compares a batch with as well; 0 for none.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Loss")]
     pub memory_size: usize,
     /// Steps before the memory is filled [default: those of the warm-up].
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", help_heading = "Loss", hide_short_help = true)]
     pub memory_start: Option<usize>,
 
     /// Seed of random weights, batches and augmentation.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Runs")]
     pub seed: u64,
     /// Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", help_heading = "Runs")]
     pub device: String,
     /// Threads that load and augment pictures.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, help_heading = "Runs", hide_short_help = true)]
     pub workers: usize,
     /// Steps between checkpoints to resume from; 0 writes them only at evaluations and when stopped.
-    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    #[arg(long, value_name = "STEPS", default_value_t = 100, help_heading = "Runs", hide_short_help = true)]
     pub checkpoint_every: usize,
     /// Unreadable pictures allowed; one more stops the run.
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Runs", hide_short_help = true)]
     pub max_bad_images: usize,
     /// Run folder to create [default: runs/NAME-NUMBER].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "Runs")]
     pub output: Option<PathBuf>,
 
     /// The threshold generator.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Learned threshold")]
     pub generator: GeneratorSettings,
 }
 

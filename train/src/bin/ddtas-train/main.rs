@@ -28,23 +28,28 @@ use ddtas_train::train::{Preset, TrainSettings};
 /// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores. -h lists the settings of
 /// a first run, --help all of them; each subcommand has its own --help.
 #[derive(Parser)]
-#[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
+#[command(
+    version,
+    args_override_self = true,
+    args_conflicts_with_subcommands = true,
+    next_help_heading = "Runs"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
+    /// A named set of settings; flags you give override it.
+    #[arg(long, value_enum)]
+    preset: Option<Preset>,
     /// Continue the run in this folder, with its settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
     #[command(flatten)]
     ranks: ranks::RankArguments,
-    /// A named set of settings; flags you give override it.
-    #[arg(long, value_enum)]
-    preset: Option<Preset>,
     /// Print only warnings, errors and the result.
     #[arg(long, short, global = true)]
     quiet: bool,
     /// Print the result as one JSON object.
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     json: bool,
     #[command(flatten)]
     settings: TrainSettings,
@@ -70,8 +75,10 @@ enum Command {
 /// The command line. Values may be negative numbers, so that errors about one name its flag.
 fn command() -> clap::Command {
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
+    // Subcommands share settings with training, but are short enough to show all of theirs.
+    let shown = |argument: clap::Arg| numbers(argument).hide_short_help(false);
     let command = Arguments::command().version(shell::version());
-    help::in_sections(command).mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
+    command.mut_args(numbers).mut_subcommands(|command| command.mut_args(shown))
 }
 
 /// Flags of other programs, and what to use instead.

@@ -15,14 +15,15 @@ use ddtas_train::{Error, Result};
 pub struct RankArguments {
     /// Ranks that share each batch: 1 to 1024 threads of this process, mpi for the processes that mpirun started, or nccl for
     /// those of torchrun or a similar launcher, with a GPU each.
-    #[arg(long, value_name = "N|mpi|nccl", default_value = "1")]
+    #[arg(long, value_name = "N|mpi|nccl", default_value = "1", hide_short_help = true)]
     ranks: Ranks,
     /// File through which the processes of --ranks nccl find each other: the same for all processes of a run, new for each
     /// run, on a disk that all can reach.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
     rendezvous: Option<PathBuf>,
     /// Seconds without a message after which --ranks nccl gives up, 1 or more.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, hide_short_help = true)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
 }
 

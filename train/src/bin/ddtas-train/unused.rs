@@ -3,7 +3,7 @@
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use ddtas::loss::Mining;
-use ddtas_train::generator::{GeneratorKind, MetaObjective, MetaSource};
+use ddtas_train::generator::{GeneratorKind, MetaSource};
 use ddtas_train::model::BackboneKind;
 use ddtas_train::train::PairLoss;
 use ddtas_train::train::{ScheduleKind, TrainSettings};
@@ -12,7 +12,7 @@ use ddtas_train::train::{ScheduleKind, TrainSettings};
 type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings) -> bool);
 
 /// If several rules apply to an argument, the first counts.
-const RULES: [Rule; 10] = [
+const RULES: [Rule; 9] = [
     (
         &[
             "lambda_pair",
@@ -20,7 +20,6 @@ const RULES: [Rule; 10] = [
             "meta_classes",
             "meta_images",
             "meta_recent",
-            "meta_objective",
             "lambda_reference",
             "virtual_step",
             "virtual_rate",
@@ -39,9 +38,6 @@ const RULES: [Rule; 10] = [
         settings.generator.meta == MetaSource::Fresh
     }),
     (&["meta_recent"], "--meta recent", |settings| settings.generator.meta == MetaSource::Recent),
-    (&["lambda_reference"], "--meta-objective loss", |settings| {
-        settings.generator.meta_objective == MetaObjective::Loss
-    }),
     (&["width", "depth"], "--backbone residual", |settings| settings.backbone == BackboneKind::Residual),
     (&["gamma"], "a --mining that has tolerances", |settings| settings.mining != Mining::None),
     (&["negative_ratio"], "--mining asms or at-asms", |settings| {

@@ -1,13 +1,13 @@
 //! The operations under autodiff: forward on the inner backend, gradients by [`LayerGradients`].
 
-use burn::backend::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, TensorMetadata};
 
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
 use crate::model::synchronised;
 
 #[derive(Debug)]
@@ -35,25 +35,20 @@ impl<B: LayerGradients> Backward<B, 2> for Convolution {
 struct Normalise;
 
 impl<B: LayerGradients> Backward<B, 3> for Normalise {
-    type State = ([FloatTensor<B>; 4], NormaliseOptions);
+    type State = (NormaliseInputs<B>, NormaliseOptions);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [input_node, gamma_node, beta_node] = ops.parents;
         let gradient = grads.consume::<B>(&ops.node);
-        let ([input, statistics, gamma, beta], options) = ops.state;
-        let channels = burn::backend::TensorMetadata::shape(&gamma)[0];
+        let (inputs, options) = ops.state;
+        let [input, statistics, gamma, _] = &inputs;
+        let channels = gamma.shape()[0];
+        let count = input.shape().num_elements() / channels;
         // Not needed if scale and shift are frozen and the statistics given; `statistics` has the same shape.
         let parameters = if gamma_node.is_none() && beta_node.is_none() && !options.from_batch {
             statistics.clone()
         } else {
-            B::normalise_parameter_gradient(
-                input.clone(),
-                statistics.clone(),
-                gamma.clone(),
-                beta.clone(),
-                gradient.clone(),
-                options,
-            )
+            B::normalise_parameter_gradient(inputs.clone(), gradient.clone(), options)
         };
         for (row, node) in [gamma_node, beta_node].into_iter().enumerate() {
             if let Some(node) = node {
@@ -65,13 +60,11 @@ impl<B: LayerGradients> Backward<B, 3> for Normalise {
         if let Some(node) = input_node {
             let parameters = if options.from_batch {
                 // With statistics of all ranks, the gradient's means are over all of them, too.
-                let count = burn::backend::TensorMetadata::shape(&input).num_elements() / channels;
                 synchronised::sums::<B>(parameters, count)
             } else {
                 parameters
             };
-            let value =
-                B::normalise_input_gradient(input, statistics, gamma, beta, gradient, parameters, options);
+            let value = B::normalise_input_gradient(inputs, gradient, parameters, options);
             grads.register::<B>(node.id, value);
         }
     }

@@ -6,7 +6,7 @@ use burn::tensor::{Shape, TensorData};
 
 use super::convolution::{self, Geometry};
 use super::normalisation::{self, Normalisation, Planes};
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
 use super::{depthwise, matrix};
 
 type CpuTensor = FloatTensor<Flex>;
@@ -67,6 +67,8 @@ fn planes(input: &Shape) -> Planes {
 
 /// Values and options of a normalisation.
 struct Inputs {
+    shape: Shape,
+    input: Values,
     statistics: Values,
     gamma: Values,
     beta: Values,
@@ -74,9 +76,14 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(tensors: [CpuTensor; 3], options: NormaliseOptions) -> Self {
-        let [statistics, gamma, beta] = tensors.map(Values::new);
-        Self { statistics, gamma, beta, options }
+    fn new(tensors: NormaliseInputs<Flex>, options: NormaliseOptions) -> Self {
+        let shape = tensors[0].shape();
+        let [input, statistics, gamma, beta] = tensors.map(Values::new);
+        Self { shape, input, statistics, gamma, beta, options }
+    }
+
+    fn planes(&self) -> Planes {
+        planes(&self.shape)
     }
 
     fn settings(&self) -> Normalisation<'_> {
@@ -116,10 +123,9 @@ impl LayerOps for Flex {
         beta: CpuTensor,
         options: NormaliseOptions,
     ) -> CpuTensor {
-        let shape = input.shape();
-        let inputs = Inputs::new([statistics, gamma, beta], options);
-        let values = normalisation::forward(planes(&shape), Values::new(input).get(), &inputs.settings());
-        tensor(values, shape)
+        let inputs = Inputs::new([input, statistics, gamma, beta], options);
+        let values = normalisation::forward(inputs.planes(), inputs.input.get(), &inputs.settings());
+        tensor(values, inputs.shape)
     }
 
     fn add_relu(a: CpuTensor, b: CpuTensor) -> CpuTensor {
@@ -159,42 +165,32 @@ impl LayerGradients for Flex {
     }
 
     fn normalise_parameter_gradient(
-        input: CpuTensor,
-        statistics: CpuTensor,
-        gamma: CpuTensor,
-        beta: CpuTensor,
+        inputs: NormaliseInputs<Self>,
         output_gradient: CpuTensor,
         options: NormaliseOptions,
     ) -> CpuTensor {
-        let planes = planes(&input.shape());
-        let inputs = Inputs::new([statistics, gamma, beta], options);
-        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        let values =
-            normalisation::parameter_gradient(planes, input.get(), gradient.get(), &inputs.settings());
+        let (inputs, gradient) = (Inputs::new(inputs, options), Values::new(output_gradient));
+        let (planes, input) = (inputs.planes(), inputs.input.get());
+        let values = normalisation::parameter_gradient(planes, input, gradient.get(), &inputs.settings());
         tensor(values, [2, planes.channels])
     }
 
     fn normalise_input_gradient(
-        input: CpuTensor,
-        statistics: CpuTensor,
-        gamma: CpuTensor,
-        beta: CpuTensor,
+        inputs: NormaliseInputs<Self>,
         output_gradient: CpuTensor,
         parameter_gradient: CpuTensor,
         options: NormaliseOptions,
     ) -> CpuTensor {
-        let shape = input.shape();
-        let inputs = Inputs::new([statistics, gamma, beta], options);
-        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        let parameter_gradient = Values::new(parameter_gradient);
+        let inputs = Inputs::new(inputs, options);
+        let [gradient, parameter_gradient] = [output_gradient, parameter_gradient].map(Values::new);
         let values = normalisation::input_gradient(
-            planes(&shape),
-            input.get(),
+            inputs.planes(),
+            inputs.input.get(),
             gradient.get(),
             parameter_gradient.get(),
             &inputs.settings(),
         );
-        tensor(values, shape)
+        tensor(values, inputs.shape)
     }
 
     fn add_relu_gradient(output: CpuTensor, output_gradient: CpuTensor) -> CpuTensor {

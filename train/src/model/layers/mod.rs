@@ -29,7 +29,7 @@ use burn::tensor::Tensor;
 
 #[cfg(feature = "train-emulated")]
 pub use cube::emulate_whole_cubes;
-pub use ops::{LayerGradients, LayerOps};
+pub use ops::{LayerGradients, LayerOps, NormaliseInputs};
 
 /// Convolution without bias: `[N, in, H, W]` and `[out, in, k, k]` (depthwise: `[in, 1, k, k]`) to `[N, out, H', W']`.
 pub fn convolution(input: Tensor<4>, weight: Tensor<4>, options: ConvolutionOptions) -> Tensor<4> {

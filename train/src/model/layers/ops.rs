@@ -31,6 +31,9 @@ pub trait LayerOps: Backend {
     fn add_relu(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
+/// Input, statistics, gamma and beta of [`normalise`](LayerOps::normalise).
+pub type NormaliseInputs<B> = [FloatTensor<B>; 4];
+
 /// Gradients of the [`LayerOps`].
 pub trait LayerGradients: LayerOps {
     /// dL/d(input) of [`convolution`](LayerOps::convolution).
@@ -54,10 +57,7 @@ pub trait LayerGradients: LayerOps {
     /// `parameter_gradient` is the result of [`normalise_parameter_gradient`](Self::normalise_parameter_gradient); it is read
     /// only if the statistics are the batch's.
     fn normalise_input_gradient(
-        input: FloatTensor<Self>,
-        statistics: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        inputs: NormaliseInputs<Self>,
         output_gradient: FloatTensor<Self>,
         parameter_gradient: FloatTensor<Self>,
         options: NormaliseOptions,
@@ -65,10 +65,7 @@ pub trait LayerGradients: LayerOps {
 
     /// Gradients of [`normalise`](LayerOps::normalise) with respect to gamma and beta, as `[2, C]`.
     fn normalise_parameter_gradient(
-        input: FloatTensor<Self>,
-        statistics: FloatTensor<Self>,
-        gamma: FloatTensor<Self>,
-        beta: FloatTensor<Self>,
+        inputs: NormaliseInputs<Self>,
         output_gradient: FloatTensor<Self>,
         options: NormaliseOptions,
     ) -> FloatTensor<Self>;

@@ -5,12 +5,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::Axis;
 
+use crate::Result;
 use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, check_classes};
 use crate::ranks::{self, Collective, share};
 use crate::train::engine::{Embedded, Engine};
-use crate::{Error, Result};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
@@ -149,22 +149,26 @@ impl Test<'_> {
         if self.stopped() {
             return Ok(None);
         }
-        let searched = gallery.as_ref().map(PixelRows::rows).transpose()?;
-        let recall = recall(backend, &queries.rows()?, searched.as_ref(), recall_at)?;
-        let readable = Readable { queries: queries.pictures, gallery: gallery.map(|side| side.pictures) };
-        Ok(Some((recall, readable)))
+        let rows = TestRows { queries, gallery };
+        let (queries, searched) = rows.sides()?;
+        let recall = recall(backend, &queries, searched.as_ref(), recall_at)?;
+        Ok(Some((recall, rows.readable())))
     }
 
-    fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<PixelRows> {
+    /// The pixels of pictures as rows of unit norm.
+    fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<Embedded> {
         let area = side * side;
-        let mut rows = PixelRows { dim: 3 * area, ..PixelRows::default() };
+        let mut rows = Embedded::default();
         for batch in self.batches(split, (side, Preprocessing::default()), 0..split.len())? {
             let batch = batch?;
             rows.values.extend(batch.pixels);
             rows.labels.extend(batch.labels);
-            rows.pictures.extend(batch.indices);
+            rows.indices.extend(batch.indices);
         }
-        for picture in rows.values.chunks_exact_mut(rows.dim) {
+        if !self.stopped() {
+            check_classes(split, &rows.labels)?;
+        }
+        for picture in rows.values.chunks_exact_mut(3 * area) {
             for (plane, (mean, deviation)) in picture.chunks_exact_mut(area).zip(channels()) {
                 plane.iter_mut().for_each(|value| *value = *value * deviation + mean);
             }
@@ -186,23 +190,6 @@ impl Test<'_> {
 
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
-    }
-}
-
-/// Pictures as rows of unit norm.
-#[derive(Default)]
-struct PixelRows {
-    values: Vec<f32>,
-    labels: Vec<i64>,
-    pictures: Vec<usize>,
-    dim: usize,
-}
-
-impl PixelRows {
-    fn rows(&self) -> Result<Rows<'_>> {
-        let view = ArrayView2::from_shape((self.labels.len(), self.dim), &self.values)
-            .map_err(|error| Error::Dataset(error.to_string()))?;
-        Ok(Rows::new(Embeddings::from(view), &self.labels))
     }
 }
 

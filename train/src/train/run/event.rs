@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use crate::train::PairLoss;
 use ddtas::retrieval::Recall;
+use ddtas_io::files::as_text;
 
-use crate::data::{Dataset, as_text};
+use crate::data::Dataset;
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
 use crate::train::settings::before_training;

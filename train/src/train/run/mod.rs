@@ -28,7 +28,7 @@ use std::time::Instant;
 use ddtas::backend::Backend;
 
 use super::checkpoint::Checkpoint;
-use super::device::{self, Place};
+use super::device::{self, RunDevice};
 use super::folder::RunFolder;
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
@@ -98,17 +98,17 @@ pub fn train(
             RunFolder::check(settings)?;
         }
         let begun = Instant::now();
-        let (place, backend) = open_device(settings, &**ranks)?;
-        let engine = make_engine(settings, (&place, backend), None, ranks)?;
+        let (device, backend) = open_device(settings, &**ranks)?;
+        let engine = make_engine(settings, (&device, backend), None, ranks)?;
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         let (settings, note) = &settings.fitted(dataset.train.by_class().len());
-        let setup = Setup::new(settings, &dataset, engine, (&place, &**ranks))?;
+        let setup = Setup::new(settings, &dataset, engine, (&device, &**ranks))?;
         let memory = settings.warning_of_memory();
         let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
         let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
         let said =
             note.iter().map(|note| Event::Note(note)).chain(memory.iter().map(|line| Event::Warning(line)));
-        run.train(&place, None, begun, said.collect())
+        run.train(&device, None, begun, said.collect())
     })
 }
 
@@ -160,8 +160,8 @@ pub fn resume(
         if state.finished {
             return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
         }
-        let (place, backend) = open_device(&settings, &**ranks)?;
-        let mut engine = make_engine(&settings, (&place, backend), last.as_ref(), ranks)?;
+        let (device, backend) = open_device(&settings, &**ranks)?;
+        let mut engine = make_engine(&settings, (&device, backend), last.as_ref(), ranks)?;
         let resumed = last.is_some();
         if let Some(last) = last {
             state.put_back(&mut engine, last)?;
@@ -172,20 +172,20 @@ pub fn resume(
             folder.write_config(&settings)?;
         }
         let (settings, _) = settings.fitted(dataset.train.by_class().len());
-        let setup = Setup::new(&settings, &dataset, engine, (&place, &**ranks))?;
+        let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
         let done = state.step;
         if resumed {
             run.go_on(state)?;
         }
-        run.train(&place, Some(done), begun, Vec::new())
+        run.train(&device, Some(done), begun, Vec::new())
     })
 }
 
 /// Finds the device and opens the backend of the loss there.
-fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(Place, Box<dyn Backend>)> {
-    let place = device::place(settings.device.parse()?, ranks.local_rank())?;
-    let backend = device::open(&place.spec)?;
-    Ok((place, backend))
+fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(RunDevice, Box<dyn Backend>)> {
+    let found = device::find(settings.device.parse()?, ranks.local_rank())?;
+    let backend = device::open(&found.spec)?;
+    Ok((found, backend))
 }

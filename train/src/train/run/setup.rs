@@ -13,7 +13,7 @@ use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
 use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
-use crate::train::device::{Place, moved, open};
+use crate::train::device::{RunDevice, moved, open};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
 use crate::train::settings::TrainSettings;
@@ -37,7 +37,7 @@ impl Setup {
         settings: &TrainSettings,
         dataset: &Dataset,
         engine: Engine,
-        (place, ranks): (&Place, &dyn Collective),
+        (device, ranks): (&RunDevice, &dyn Collective),
     ) -> Result<Self> {
         let by_class = dataset.train.by_class();
         let classes = settings.classes_per_batch.unwrap_or(by_class.len());
@@ -48,7 +48,7 @@ impl Setup {
         if let Some(sampler) = &meta_sampler {
             engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
         }
-        let on_cpu = place.network == Device::flex().autodiff();
+        let on_cpu = device.network == Device::flex().autodiff();
         if let Some(most) = memory::of_this_machine().filter(|_| on_cpu) {
             let own = |pictures| share(pictures, ranks.rank(), ranks.size()).len();
             let pictures = Pictures {
@@ -67,16 +67,16 @@ impl Setup {
 /// `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
 pub(super) fn make_engine(
     settings: &TrainSettings,
-    (place, backend): (&Place, Box<dyn Backend>),
+    (device, backend): (&RunDevice, Box<dyn Backend>),
     last: Option<&Checkpoint>,
     ranks: &Rc<dyn Collective>,
 ) -> Result<Engine> {
     let network = match last {
-        Some(last) => make_network(settings, Some(last), &place.network)?,
-        None => first_network(settings, &place.network)?,
+        Some(last) => make_network(settings, Some(last), &device.network)?,
+        None => first_network(settings, &device.network)?,
     };
-    let generator = make_generator(settings, &place.spec, last.is_some())?;
-    let engine = Engine::new(network, settings, backend, generator, place.network.clone());
+    let generator = make_generator(settings, &device.spec, last.is_some())?;
+    let engine = Engine::new(network, settings, backend, generator, device.network.clone());
     let mut engine = engine.with_ranks(Rc::clone(ranks));
     if last.is_none() {
         first_optimizer(settings, &mut engine)?;

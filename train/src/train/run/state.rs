@@ -15,7 +15,7 @@ use crate::data::{Dataset, Extent};
 use crate::train::checkpoint::{self, Checkpoint};
 use crate::train::engine::{Engine, EngineState, REMEDY};
 use crate::train::records::Phase;
-use crate::train::settings::TrainSettings;
+use crate::train::settings::{TrainSettings, drop_removed};
 use crate::train::shown::Shown;
 use crate::{Error, Result};
 
@@ -165,9 +165,9 @@ impl RunState {
                 format!("the run has done {done}: give {done} or more"),
             ));
         }
-        let Some(before) = self.settings.as_deref().and_then(|text| text.parse::<toml::Table>().ok()) else {
-            return Ok(());
-        };
+        let before = self.settings.as_deref().and_then(|text| text.parse::<toml::Table>().ok());
+        let Some(mut before) = before else { return Ok(()) };
+        drop_removed(&mut before);
         let now = fixed(settings);
         let mut keys: Vec<_> = before.keys().chain(now.keys()).collect();
         keys.sort();

@@ -14,7 +14,7 @@ use crate::data::{Dataset, ImageBatch, PkSampler};
 use crate::generator::Lambda;
 use crate::ranks::{self, Collective};
 use crate::train::checkpoint;
-use crate::train::device::Place;
+use crate::train::device::RunDevice;
 use crate::train::engine::Engine;
 use crate::train::folder::RunFolder;
 use crate::train::generator::Generator;
@@ -110,13 +110,13 @@ impl<'a> Run<'a> {
     /// one began the run; `said` are messages to report once the run has started.
     pub fn train(
         mut self,
-        place: &Place,
+        device: &RunDevice,
         resumed: Option<usize>,
         begun: Instant,
         said: Vec<Event<'_>>,
     ) -> Result<Outcome> {
         self.begun = begun;
-        self.announce(place, resumed);
+        self.announce(device, resumed);
         if self.files.is_some() {
             said.into_iter().for_each(|event| (self.tell)(event));
         }
@@ -138,11 +138,11 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn announce(&mut self, place: &Place, resumed: Option<usize>) {
+    fn announce(&mut self, device: &RunDevice, resumed: Option<usize>) {
         let Some(files) = &self.files else { return };
         let (phase, ranks) = (self.phase(), self.ranks.size());
-        let device = place.spec.to_string();
-        (self.tell)(Event::Computing { device: &device, reason: place.reason.as_deref(), ranks });
+        let name = device.spec.to_string();
+        (self.tell)(Event::Computing { device: &name, reason: device.reason.as_deref(), ranks });
         (self.tell)(Event::Started {
             dataset: self.dataset,
             folder: files.path(),
@@ -172,11 +172,11 @@ impl<'a> Run<'a> {
         if self.rehearse()? == Progress::Stopped {
             return Ok(Progress::Stopped);
         }
-        self.walk(self.settings.steps)
+        self.run_steps(self.settings.steps)
     }
 
     /// Takes the steps of this part of the run, up to `last`, with evaluations unless it is the rehearsal.
-    fn walk(&mut self, last: usize) -> Result<Progress> {
+    fn run_steps(&mut self, last: usize) -> Result<Progress> {
         // After a rehearsal lambda is fixed.
         let learns = self.phase() == Phase::Rehearsal || self.settings.generator.rehearsal_steps() == 0;
         let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
@@ -208,7 +208,7 @@ impl<'a> Run<'a> {
             return Ok(Progress::Done);
         }
         self.engine.rehearse(steps);
-        if self.walk(steps)? == Progress::Stopped {
+        if self.run_steps(steps)? == Progress::Stopped {
             return Ok(Progress::Stopped);
         }
         let network = first_network(self.settings, self.engine.device())?;
@@ -331,7 +331,7 @@ impl<'a> Run<'a> {
         let mut progress = |done| tell(Event::Evaluating { done, total });
         let Some(rows) = self.test.embed(&self.engine, &mut progress)? else { return Ok(Progress::Stopped) };
         if self.files.is_some() {
-            self.keep(step, &rows)?;
+            self.record_evaluation(step, &rows)?;
         }
         self.state.evaluated = Some(step);
         self.save()?;
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
     }
 
     /// Records an evaluation, and saves the weights if they are the best so far.
-    fn keep(&mut self, step: usize, rows: &TestRows) -> Result<()> {
+    fn record_evaluation(&mut self, step: usize, rows: &TestRows) -> Result<()> {
         let ks = self.test.dataset.recall_at;
         let Metrics { recall, r_precision, map_at_r } = rows.measure(self.engine.backend(), ks)?;
         let readable = rows.readable();

@@ -32,7 +32,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::ops::{permute_nchw_to_nhwc, permute_nhwc_to_nchw};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
 
 /// Units (threads) of a cube (thread block), if the device allows that many.
 const UNITS: usize = 256;
@@ -189,10 +189,7 @@ impl LayerGradients for Cube {
     }
 
     fn normalise_input_gradient(
-        input: CubeTensor,
-        statistics: CubeTensor,
-        gamma: CubeTensor,
-        beta: CubeTensor,
+        [input, statistics, gamma, beta]: NormaliseInputs<Self>,
         output_gradient: CubeTensor,
         parameter_gradient: CubeTensor,
         options: NormaliseOptions,
@@ -203,10 +200,7 @@ impl LayerGradients for Cube {
     }
 
     fn normalise_parameter_gradient(
-        input: CubeTensor,
-        statistics: CubeTensor,
-        gamma: CubeTensor,
-        beta: CubeTensor,
+        [input, statistics, gamma, beta]: NormaliseInputs<Self>,
         output_gradient: CubeTensor,
         options: NormaliseOptions,
     ) -> CubeTensor {
