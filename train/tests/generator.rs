@@ -90,7 +90,7 @@ fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
         };
         for step in STEPS {
             let lambda = Lambda { pos: 0.5, neg: 0.4 };
-            let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
+            let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap().unwrap();
             // The meta loss after another virtual step, at lambda +- h.
             let mut meta_loss = |lambda: Lambda| {
                 hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
@@ -116,21 +116,25 @@ fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
 }
 
 #[test]
-fn virtual_step_without_a_gradient_leaves_lambda_alone() {
+fn a_batch_without_a_mined_pair_has_no_hypergradient() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let head = Head { weight: uniform((4, 3), &mut rng), bias: Array1::zeros(3) };
     let (train, meta) = (uniform((4, 4), &mut rng), uniform((4, 4), &mut rng));
-    // Every row is its own class: nothing is mined.
-    let mut truth = Truth {
-        labels: labels(4, 1),
-        meta_labels: labels(2, 2),
-        settings: LossSettings::default(),
-        lambda: Lambda::default(),
-        meta_loss: 0.0,
-    };
-    let lambda = Lambda { pos: 0.5, neg: 0.5 };
-    let found = hypergradient(&head, train.view(), meta.view(), STEPS[1], lambda, &mut truth).unwrap();
-    assert_eq!(found, ThresholdGradient::default());
+    let (pairs, singletons) = (labels(2, 2), labels(4, 1));
+    for (labels, meta_labels, some) in
+        [(&pairs, &pairs, true), (&singletons, &pairs, false), (&pairs, &singletons, false)]
+    {
+        let mut truth = Truth {
+            labels: labels.clone(),
+            meta_labels: meta_labels.clone(),
+            settings: LossSettings { mining: Mining::None, ..LossSettings::default() },
+            lambda: Lambda::default(),
+            meta_loss: 0.0,
+        };
+        let lambda = Lambda { pos: 0.5, neg: 0.5 };
+        let found = hypergradient(&head, train.view(), meta.view(), STEPS[1], lambda, &mut truth).unwrap();
+        assert_eq!(found.is_some(), some, "{labels:?} {meta_labels:?}");
+    }
 }
 
 fn run(output: &std::path::Path, more: &[&str]) -> Command {

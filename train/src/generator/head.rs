@@ -108,7 +108,7 @@ pub trait Losses {
 }
 
 /// dL^m/dlambda (SPEC 5) for a virtual step of the head from `head`, on training features `[B, features]` and
-/// meta features `[B^m, features]`.
+/// meta features `[B^m, features]`. `None` if the training or the meta batch has no mined pair.
 ///
 /// The direction of a unit step depends on lambda, but not its length: only the component of the meta
 /// gradient orthogonal to the training gradient counts then.
@@ -122,12 +122,12 @@ pub fn hypergradient(
     step: VirtualStep,
     lambda: Lambda,
     losses: &mut dyn Losses,
-) -> Result<ThresholdGradient> {
+) -> Result<Option<ThresholdGradient>> {
     let embedded = head.embed(train);
     let gradient = Head::pull_back(train, &embedded, &losses.train(&embedded.embeddings, lambda)?);
     let length = gradient.dot(&gradient).sqrt();
     if length == 0.0 {
-        return Ok(ThresholdGradient::default());
+        return Ok(None);
     }
     let rate = match step.kind {
         VirtualStepKind::Plain => step.rate,
@@ -136,10 +136,13 @@ pub fn hypergradient(
     let virtual_head = head.moved(-rate, &gradient);
     let meta_embedded = virtual_head.embed(meta);
     let mut direction = Head::pull_back(meta, &meta_embedded, &losses.meta(&meta_embedded.embeddings)?);
+    if direction.dot(&direction) == 0.0 {
+        return Ok(None);
+    }
     if step.kind == VirtualStepKind::Unit {
         direction = direction.moved(-direction.dot(&gradient) / (length * length), &gradient);
     }
     let tangent = Head::tangent(train, &embedded, &direction);
     let ThresholdGradient { pos, neg } = losses.threshold_gradient(&embedded.embeddings, &tangent)?;
-    Ok(ThresholdGradient { pos: -rate * pos, neg: -rate * neg })
+    Ok(Some(ThresholdGradient { pos: -rate * pos, neg: -rate * neg }))
 }

@@ -161,7 +161,7 @@ impl Generator {
                 weight: to_array(head.weight.val())?.mapv(f64::from),
                 bias: to_array(head.bias.val().unsqueeze())?.remove_axis(Axis(0)).mapv(f64::from),
             };
-            let mut sum = ThresholdGradient::default();
+            let (mut sum, mut count) = (ThresholdGradient::default(), 0.0);
             let mut output = LossOutput::default();
             for member in &mut self.thresholds.members {
                 let mut losses = BackendLosses {
@@ -174,13 +174,17 @@ impl Generator {
                     meta_labels: &meta_labels,
                 };
                 let (train, meta) = (features.view(), meta_features.view());
-                let gradient =
+                let found =
                     hypergradient(&weights, train, meta, self.settings.step(), member.lambda, &mut losses)?;
-                member.update(gradient, &self.rule);
-                sum = ThresholdGradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
+                if let Some(gradient) = found {
+                    member.update(gradient, &self.rule);
+                    sum = ThresholdGradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
+                    count += 1.0;
+                }
             }
-            let count = self.thresholds.members.len() as f64;
-            self.hypergradient = Some(ThresholdGradient { pos: sum.pos / count, neg: sum.neg / count });
+            if count > 0.0 {
+                self.hypergradient = Some(ThresholdGradient { pos: sum.pos / count, neg: sum.neg / count });
+            }
         }
         if self.settings.meta == MetaSource::Recent {
             self.recent.push_back((features, labels.to_vec()));
