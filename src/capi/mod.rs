@@ -253,9 +253,10 @@ pub unsafe extern "C" fn ddtas_loss(
 ///
 /// Otherwise as ddtas_loss. `gradient` receives dL/d(anchors), `count` rows of `dim`; `reference_gradient`
 /// likewise dL/d(references), or is NULL. `lambda`, if not NULL, points to lambda_pos and lambda_neg, which
-/// replace those of `settings`; they must be within -2 to 2 and are not checked. A bad row is not an error of
-/// this call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a
-/// shape nothing is allocated, so that calls can be captured in a graph.
+/// replace those of `settings`; they must be within -2 to 2 and are not checked, and no
+/// ddtas_threshold_gradient can follow, since it would read them again. A bad row is not an error of this
+/// call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a shape
+/// nothing is allocated, so that calls can be captured in a graph.
 ///
 /// # Safety
 /// As ddtas_loss, until the stream has finished.

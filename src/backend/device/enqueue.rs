@@ -49,7 +49,8 @@ pub struct ResidentSettings {
     /// The settings.
     pub settings: LossSettings,
     /// Device address of lambda_pos and lambda_neg, two f64 that replace those of `settings`; or 0. The
-    /// kernels read them unchecked; they must be within -2 to 2.
+    /// kernels read them unchecked; they must be within -2 to 2. No threshold_gradient can follow: it would
+    /// read them again, when the caller may have freed them.
     pub lambda: u64,
 }
 
@@ -180,8 +181,8 @@ impl<D: Device> DeviceBackend<D> {
     /// [`enqueue_loss`](Self::enqueue_loss).
     ///
     /// # Safety
-    /// As [`enqueue_loss`](Self::enqueue_loss), and rows, labels and identity must be those of the first
-    /// step.
+    /// As [`enqueue_loss`](Self::enqueue_loss), for the thresholds of the first step too; and rows, labels
+    /// and identity must be those of that step.
     pub unsafe fn enqueue_sweep(
         &mut self,
         part: &ResidentPart,

@@ -48,9 +48,10 @@ impl<D: Device> DeviceBackend<D> {
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
-        if last.shape != shape || !last.has_labels_of(part) {
+        // After a step on device rows the workspace has no room for the host's numbers and gradient.
+        if last.shape != shape || last.labels.is_none() || !last.has_labels_of(part) {
             return Err(Error::OutOfOrder(
-                "a step needs the part of the step before it: shape or labels differ",
+                "a step needs the part of the step before it: memory, shape or labels differ",
             ));
         }
         Ok(Remembered { step: Some(step), ..last })
