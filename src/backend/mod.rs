@@ -39,6 +39,19 @@ pub trait Backend: Send {
     /// After an error `output` is unspecified and nothing is remembered.
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
 
+    /// [`loss`](Backend::loss) of rows of any length but 0: they are scaled to unit length, and the gradients
+    /// are with respect to the rows as given. No [`threshold_gradient`](Backend::threshold_gradient) can
+    /// follow.
+    ///
+    /// # Errors
+    /// As [`loss`](Backend::loss); [`Error::NotUnit`] for a row of zeros.
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()>;
+
     /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its
     /// anchors.
     ///

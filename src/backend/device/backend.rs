@@ -96,7 +96,19 @@ impl<D: Device> Backend for DeviceBackend<D> {
     }
 
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
-        self.run_loss(batch, settings, output)
+        self.run_loss(self.shape(batch), batch, settings, output)
+    }
+
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let shape = Shape { normalize: true, ..self.shape(batch) };
+        let done = self.run_loss(shape, batch, settings, output);
+        self.remembered = None;
+        done
     }
 
     fn same_class(

@@ -29,33 +29,6 @@ impl<D: Device> DeviceBackend<D> {
 
     pub(super) fn run_loss(
         &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.run_loss_of(self.shape(batch), batch, settings, output)
-    }
-
-    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
-    /// unit length, and the gradients are with respect to the rows as given. No
-    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) can follow.
-    ///
-    /// # Errors
-    /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
-    pub fn normalized_loss(
-        &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        let shape = Shape { normalize: true, ..self.shape(batch) };
-        let done = self.run_loss_of(shape, batch, settings, output);
-        self.remembered = None;
-        done
-    }
-
-    fn run_loss_of(
-        &mut self,
         shape: Shape,
         batch: &Batch<'_>,
         settings: &LossSettings,
