@@ -77,6 +77,18 @@ impl<'a> From<ArrayView2<'a, f32>> for Embeddings<'a> {
     }
 }
 
+impl<'a> From<ArrayView2<'a, f16>> for Embeddings<'a> {
+    fn from(view: ArrayView2<'a, f16>) -> Self {
+        Self::F16(view)
+    }
+}
+
+impl<'a> From<ArrayView2<'a, bf16>> for Embeddings<'a> {
+    fn from(view: ArrayView2<'a, bf16>) -> Self {
+        Self::Bf16(view)
+    }
+}
+
 impl Embeddings<'_> {
     /// Reborrows the matrix: views are invariant in their lifetime, so it cannot be shortened implicitly.
     #[must_use]
@@ -244,6 +256,27 @@ impl<'a> Batch<'a> {
     }
 
     /// Anchors against references of their own.
+    ///
+    /// ```
+    /// use ddtas::backend::{Backend, cpu::CpuBackend};
+    /// use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
+    /// use ddtas::ndarray::{array, s};
+    ///
+    /// // A bank whose last two rows are the batch itself.
+    /// let bank = array![[0.6f32, 0.8], [0.0, 1.0], [1.0, 0.0], [0.8, 0.6]];
+    /// let labels = [1, 1, 0, 0];
+    /// let anchors = Rows::new(bank.slice(s![2.., ..]), &labels[2..]);
+    /// let batch = Batch::rectangular(anchors, Rows::new(bank.view(), &labels))
+    ///     .with_identity(Identity::From(2))
+    ///     .with_reference_gradient();
+    ///
+    /// let mut output = LossOutput::default();
+    /// CpuBackend::new().loss(&batch, &LossSettings::default(), &mut output)?;
+    /// assert_eq!(output.total_pos, 2); // no row is a pair of itself
+    /// assert_eq!(output.gradient.dim(), (2, 2));
+    /// assert_eq!(output.reference_gradient.map(|rows| rows.dim()), Some((4, 2)));
+    /// # Ok::<(), ddtas::Error>(())
+    /// ```
     #[must_use]
     pub fn rectangular(anchors: Rows<'a>, references: Rows<'a>) -> Self {
         Self { references: Some(references), ..Self::square(anchors.embeddings, anchors.labels) }

@@ -3,7 +3,7 @@
 //! Types first ([`Batch`], [`LossSettings`], [`LossOutput`]), then one file a
 //! pass, each reading like its section of the specification:
 //!
-//! | pass | file | specification |
+//! | pass | file | SPEC ([`method`](crate::method)) |
 //! | --- | --- | --- |
 //! | similarity | `similarity.rs` | 1: positives, negatives, m+, m- |
 //! | select | `select.rs` | 2, 3: ASMS and AT-ASMS |

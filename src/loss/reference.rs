@@ -88,8 +88,8 @@ pub(super) fn evaluate(
 
 /// Evaluates the threshold gradient of SPEC 5 in float64.
 ///
-/// `tangent` is edot of the anchors, `[B, D]`; `reference_tangent` that of the
-/// references, `[N, D]` (zero if absent, and unused in the square form).
+/// `tangent` and `reference_tangent` as in
+/// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
 ///
 /// # Errors
 /// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another
