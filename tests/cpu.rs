@@ -168,6 +168,25 @@ fn a_row_that_stands_on_both_sides_is_no_positive_of_itself() {
 }
 
 #[test]
+fn sides_of_different_types_are_refused() {
+    let (rows, labels) =
+        draw(Draw { rows: 20, dim: 6, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let narrow = rows.mapv(f16::from_f32);
+    let sides = [Rows::new(rows.view(), &labels), Rows::new(narrow.view(), &labels)];
+    let (settings, mut output) = (LossSettings::default(), LossOutput::default());
+    for (anchors, references) in [(sides[0], sides[1]), (sides[1], sides[0])] {
+        let batch = Batch::rectangular(anchors, references);
+        for refused in [
+            CpuBackend::new().loss(&batch, &settings, &mut output).unwrap_err(),
+            CpuBackend::new().normalized_loss(&batch, &settings, &mut output).unwrap_err(),
+            reference(&batch, &settings).unwrap_err(),
+        ] {
+            assert!(matches!(refused, Error::TypeMismatch { .. }), "{refused}");
+        }
+    }
+}
+
+#[test]
 fn one_backend_serves_batches_of_changing_shape() {
     let mut backend = CpuBackend::new();
     for (rows, dim, classes) in [(300, 20, 50), (7, 64, 2), (150, 3, 4), (1, 1, 1), (290, 20, 9)] {

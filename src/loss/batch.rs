@@ -328,13 +328,13 @@ impl<'a> Batch<'a> {
         self.references.is_none()
     }
 
-    /// Checks shapes: lengths, dimensions, layout. Contents (NaN, unit norm) are
+    /// Checks shapes and types: lengths, dimensions, layout. Contents (NaN, unit norm) are
     /// checked by the backends while they read the rows.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a
-    /// total below the number of anchors, or an identity that names no reference or one of another label than
-    /// its anchor's.
+    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::TypeMismatch`], [`Error::NotContiguous`];
+    /// [`Error::InvalidSetting`] for a total below the number of anchors, or an identity that names no
+    /// reference or one of another label than its anchor's.
     pub fn validate(&self) -> Result<()> {
         let anchors = self.anchors.labels.len();
         // A part may have no anchors: a process can hold no row of the batch.
@@ -344,6 +344,10 @@ impl<'a> Batch<'a> {
         if let Some(references) = &self.references {
             validate_rows("references", references)?;
             validate_dims(self.anchors.embeddings.dim(), references.embeddings.dim())?;
+            let types = [&self.anchors, references].map(|rows| rows.embeddings.element_type());
+            if types[0] != types[1] {
+                return Err(Error::TypeMismatch { anchors: types[0], references: types[1] });
+            }
             validate_identity(&self.identity, self.anchors.labels, references.labels)?;
         }
         match self.total {

@@ -4,7 +4,6 @@ use bytemuck::cast_slice;
 use ndarray::{Array2, ArrayView2};
 
 use super::layout::Remembered;
-use super::loss::same_type;
 use super::passes::Passes;
 use super::shape::Shape;
 use super::steps::{Which, download_counters, upload_numbers};
@@ -120,7 +119,6 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let last = self.remembered.take();
         settings.validate()?;
         part.validate()?;
-        same_type(part)?;
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
         let labels = Remembered::keep_labels(last, part);

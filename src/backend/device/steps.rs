@@ -4,7 +4,6 @@
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use super::layout::Remembered;
-use super::loss::same_type;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::passes::Passes;
 use super::shape::Shape;
@@ -46,7 +45,6 @@ impl<D: Device> DeviceBackend<D> {
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
-        same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
         // After a step on device rows the workspace has no room for the host's numbers and gradient.
         if last.shape != shape || last.labels.is_none() || !last.has_labels_of(part) {
