@@ -1,7 +1,7 @@
 //! The input of every pass: unit rows with labels, square or rectangular.
 
 use half::{bf16, f16};
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2, Axis};
 
 use crate::{Error, Result};
 
@@ -144,13 +144,55 @@ impl Embeddings<'_> {
         self.element_type().norm_tolerance()
     }
 
+    /// Copies the rows with these numbers, in this order.
+    pub(crate) fn select(&self, rows: &[usize]) -> OwnedEmbeddings {
+        match self {
+            Self::F32(m) => OwnedEmbeddings::F32(m.select(Axis(0), rows)),
+            Self::F16(m) => OwnedEmbeddings::F16(m.select(Axis(0), rows)),
+            Self::Bf16(m) => OwnedEmbeddings::Bf16(m.select(Axis(0), rows)),
+        }
+    }
+
     /// The same matrix in float64.
     #[must_use]
-    pub fn to_f64(&self) -> ndarray::Array2<f64> {
+    pub fn to_f64(&self) -> Array2<f64> {
         match self {
             Self::F32(m) => m.mapv(f64::from),
             Self::F16(m) => m.mapv(f64::from),
             Self::Bf16(m) => m.mapv(f64::from),
+        }
+    }
+}
+
+/// A matrix of embeddings that owns its entries.
+#[derive(Debug, Clone)]
+pub enum OwnedEmbeddings {
+    /// Single precision.
+    F32(Array2<f32>),
+    /// IEEE half precision.
+    F16(Array2<f16>),
+    /// Brain floating point.
+    Bf16(Array2<bf16>),
+}
+
+impl OwnedEmbeddings {
+    /// `rows` rounded to `dtype`.
+    #[must_use]
+    pub fn new(rows: &Array2<f32>, dtype: ElementType) -> Self {
+        match dtype {
+            ElementType::F32 => Self::F32(rows.clone()),
+            ElementType::F16 => Self::F16(rows.mapv(f16::from_f32)),
+            ElementType::Bf16 => Self::Bf16(rows.mapv(bf16::from_f32)),
+        }
+    }
+
+    /// The matrix as a backend takes it.
+    #[must_use]
+    pub fn view(&self) -> Embeddings<'_> {
+        match self {
+            Self::F32(m) => Embeddings::F32(m.view()),
+            Self::F16(m) => Embeddings::F16(m.view()),
+            Self::Bf16(m) => Embeddings::Bf16(m.view()),
         }
     }
 }

@@ -29,7 +29,7 @@ mod steps;
 mod tangent;
 pub mod threshold;
 
-pub use batch::{Batch, ElementType, Embeddings, Identity, Rows, UnitCheck};
+pub use batch::{Batch, ElementType, Embeddings, Identity, OwnedEmbeddings, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, has_entries, same_length};
 pub(crate) use batch::{validate_dims, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
