@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
 from functools import partial
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import warn
 from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
@@ -304,7 +303,7 @@ class SoftContrastiveLoss(nn.Module):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            _warn(message)
+            warn(message)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
@@ -339,11 +338,3 @@ def _number(value: float | Tensor) -> float:
 def _spread(last: list[float]) -> float:
     # A batch may lack positives or negatives, whose mean is then NaN: min() must not get it.
     return 1 - min((mean for mean in last[3:5] if mean == mean), default=float("nan"))
-
-
-def _warn(message: str) -> None:
-    """Warns with the line of the first caller outside torch and this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ddtas"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
