@@ -403,7 +403,6 @@ pub unsafe extern "C" fn ddtas_nearest(
         let (pool, engine, buffers) = state.parts();
         let there = references.unwrap_or(queries).extent.count;
         let depth = k.min(there);
-        reserve_search(queries.extent.count, depth)?;
         let nearest = if queries.memory == Memory::Device {
             // SAFETY: handed on to the caller.
             unsafe { engine.device_nearest(&DeviceBatch::new(queries, references), None, depth) }?
@@ -505,13 +504,6 @@ fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Exte
         return Err(Failure::new(Status::InvalidShape, message));
     }
     Ok(extent)
-}
-
-/// Refuses a search whose lists no memory could hold, rather than let the allocator end the process.
-fn reserve_search(count: usize, depth: usize) -> Outcome<()> {
-    // An index and a similarity in the result, and a buffer of twice as many hits while it is made.
-    let bytes = count.saturating_mul(depth).saturating_mul(24);
-    input::reserve(&mut Vec::<u8>::new(), bytes)
 }
 
 /// Copies text, cut to the buffer, with a NUL behind it.

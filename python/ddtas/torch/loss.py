@@ -17,7 +17,9 @@ from .parts import loss_of_ranks
 from .ranks import RaiseOnAllRanks, Ranks, Scale, uncompiled
 
 Check = bool | Literal["wait"]
-_TOTAL_POS, _TOTAL_NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
+_MEAN_POS, _MEAN_NEG, _TOTAL_POS, _TOTAL_NEG, _IGNORED, _NOT_FINITE = map(
+    STATISTICS.index, ("mean_pos", "mean_neg", "total_pos", "total_neg", "ignored", "not_finite")
+)
 
 
 def _setting(name: str) -> Any:
@@ -242,7 +244,7 @@ class SoftContrastiveLoss(nn.Module):
             last = self._engine.last
             if isinstance(last, list):
                 # Skips `_warn` for most batches, by cheaper conditions.
-                if last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE):
+                if last[_IGNORED] or last[_NOT_FINITE] or not (last[_MEAN_POS] < NEARLY_ONE or last[_MEAN_NEG] < NEARLY_ONE):
                     self._warn(last)
                 # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
                 if references is None and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
@@ -274,7 +276,7 @@ class SoftContrastiveLoss(nn.Module):
 
     def _warn(self, last: list[float]) -> None:
         """Warns once each of ignored rows, rows that are not finite, and a collapse."""
-        ignored, not_finite, spread = last[-2], last[-1], _spread(last)
+        ignored, not_finite, spread = last[_IGNORED], last[_NOT_FINITE], _spread(last)
         if ignored:
             self._warn_once("ignored", f"rows with a negative label: {ignored:.0f}; they take part in no pair")
         if not_finite:
@@ -337,4 +339,5 @@ def _number(value: float | Tensor) -> float:
 
 def _spread(last: list[float]) -> float:
     # A batch may lack positives or negatives, whose mean is then NaN: min() must not get it.
-    return 1 - min((mean for mean in last[3:5] if mean == mean), default=float("nan"))
+    means = last[_MEAN_POS], last[_MEAN_NEG]
+    return 1 - min((mean for mean in means if mean == mean), default=float("nan"))
