@@ -752,7 +752,7 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
  *
  * Rows with a negative label are neither queries nor neighbours; a row alone in its class is no query.
  * `recall_at` receives `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
- * that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in turns,
+ * that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in blocks,
  * whose lists take 64 MiB. Rows in device memory are searched there; their labels and the lists are copied
  * to the host.
  *

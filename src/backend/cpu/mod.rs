@@ -61,7 +61,7 @@ use tasks::{Workers, lock};
 use tile::TileScratch;
 use tiles::Tiles;
 use unit::UnitRows;
-use walk::Answer;
+use walk::TaskSums;
 
 pub use times::PassTimes;
 
@@ -80,7 +80,7 @@ pub struct CpuBackend {
     statistics: Statistics,
     weights: Weights,
     scratch: Vec<Mutex<Scratch>>,
-    answers: Vec<Mutex<Answer>>,
+    task_sums: Vec<Mutex<TaskSums>>,
     unit: UnitRows,
     remembered: Option<Remembered>,
     times: PassTimes,
@@ -123,7 +123,7 @@ impl CpuBackend {
             statistics: Statistics::default(),
             weights: Weights::default(),
             scratch: Vec::new(),
-            answers: Vec::new(),
+            task_sums: Vec::new(),
             unit: UnitRows::default(),
             remembered: None,
             times: PassTimes::default(),
@@ -310,7 +310,7 @@ impl Backend for CpuBackend {
             + self.statistics.bytes()
             + self.weights.bytes()
             + self.scratch.iter().map(scratch).sum::<usize>()
-            + self.answers.capacity() * size_of::<Mutex<Answer>>()
+            + self.task_sums.capacity() * size_of::<Mutex<TaskSums>>()
             + self.unit.bytes()
     }
 }

@@ -8,7 +8,7 @@ use super::layout::{Remembered, ResidentOutput};
 use super::passes::Passes;
 use super::resident::{ResidentBatch, aligned};
 use super::shape::{Shape, more_scale, sum_scale};
-use super::steps::{Given, Which};
+use super::steps::{Given, NumberKind};
 use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
@@ -169,7 +169,7 @@ impl<D: Device> DeviceBackend<D> {
         self.issue(loss, |passes| {
             passes.order(&part.input())?;
             passes.same_class()?;
-            passes.report_to(Which::MinPos, [min_pos; 2], 0)
+            passes.report_to(NumberKind::MinPos, [min_pos; 2], 0)
         })
     }
 
@@ -195,9 +195,9 @@ impl<D: Device> DeviceBackend<D> {
         let loss = self.go_on_resident(part, Step::Sweep)?;
         let given = given(part, [min_pos; 2], 0)?;
         self.issue(loss, |passes| {
-            passes.take(Which::MinPos, given)?;
+            passes.take(NumberKind::MinPos, given)?;
             passes.sweep()?;
-            passes.report_to(Which::MaxNeg, [max_neg; 2], totals)
+            passes.report_to(NumberKind::MaxNeg, [max_neg; 2], totals)
         })
     }
 
@@ -221,9 +221,9 @@ impl<D: Device> DeviceBackend<D> {
         let loss = self.go_on_resident(part, Step::Select)?;
         let given = given(part, [max_neg; 2], totals)?;
         self.issue(loss, |passes| {
-            passes.take(Which::MaxNeg, given)?;
+            passes.take(NumberKind::MaxNeg, given)?;
             passes.select()?;
-            passes.report_to(Which::Counts, counts, 0)
+            passes.report_to(NumberKind::Counts, counts, 0)
         })
     }
 
@@ -244,9 +244,9 @@ impl<D: Device> DeviceBackend<D> {
         aligned("scalars", scalars, 8)?;
         let loss = self.go_on_resident(part, Step::Gradient)?;
         let given = given(part, counts, 0)?;
-        let targets = part.input().ends.map(|end| end.gradient);
+        let targets = part.input().addresses.map(|side| side.gradient);
         self.issue(loss, |passes| {
-            passes.take(Which::Counts, given)?;
+            passes.take(NumberKind::Counts, given)?;
             passes.weigh(ResidentOutput { scalars, loss: 0 }, true)?;
             passes.gradients(targets)
         })
