@@ -692,9 +692,10 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
  *
  * Otherwise as ddtas_loss. `gradient` receives dL/d(anchors), `count` rows of `dim`; `reference_gradient`
  * likewise dL/d(references), or is NULL. `lambda`, if not NULL, points to lambda_pos and lambda_neg, which
- * replace those of `settings`; they must be within -2 to 2 and are not checked. A bad row is not an error of
- * this call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a
- * shape nothing is allocated, so that calls can be captured in a graph.
+ * replace those of `settings`; they must be within -2 to 2 and are not checked, and no
+ * ddtas_threshold_gradient can follow, since it would read them again. A bad row is not an error of this
+ * call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a shape
+ * nothing is allocated, so that calls can be captured in a graph.
  *
  * # Safety
  * As ddtas_loss, until the stream has finished.
@@ -751,7 +752,7 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
  *
  * Rows with a negative label are neither queries nor neighbours; a row alone in its class is no query.
  * `recall_at` receives `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
- * that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in turns,
+ * that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in blocks,
  * whose lists take 64 MiB. Rows in device memory are searched there; their labels and the lists are copied
  * to the host.
  *

@@ -3,6 +3,8 @@
 //! Variants differ by what the caller can do about the error, and carry the values (row, length, setting)
 //! that its message needs.
 
+use crate::loss::ElementType;
+
 /// An error of ddtas. Every message is one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -35,6 +37,14 @@ pub enum Error {
         expected: usize,
         /// The length that was given.
         got: usize,
+    },
+    /// Both sides of a batch must have one element type.
+    #[error("the references must be {anchors}, as the anchors are, not {references}")]
+    TypeMismatch {
+        /// Type of the anchors.
+        anchors: ElementType,
+        /// Type of the references.
+        references: ElementType,
     },
     /// The rows of a matrix do not lie one behind the other in memory.
     #[error("the {rows} must be in row-major order without gaps")]

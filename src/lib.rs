@@ -6,7 +6,9 @@
 //! contrastive loss, and a generator that learns the loss threshold while
 //! training.
 //!
-//! Modules depend one way: [`retrieval`] on [`backend`], that on [`loss`].
+//! Modules depend one way: [`retrieval`] on [`backend`], that on [`loss`]. "SPEC n" in their documentation is
+//! section n of [`method`], which has the formulas. Matrices are those of [`ndarray`], half precision that of
+//! [`half`]; both crates are re-exported.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod backend;
@@ -14,11 +16,14 @@ pub mod backend;
 pub mod capi;
 mod error;
 pub mod loss;
+#[doc = include_str!("../docs/method.md")]
+pub mod method {}
 pub mod process;
 pub mod retrieval;
 pub mod threads;
 
 pub use error::{Error, Result};
+pub use {half, ndarray};
 
 /// Compiles and runs the README's example.
 #[cfg(doctest)]

@@ -92,9 +92,9 @@ enum Fallback {
     /// The pool that the calling thread belongs to, or else rayon's global one.
     Ambient,
     /// The stand-in pool of a forked child, whose copy of the global pool has no threads.
-    StandIn(&'static Threads),
+    ForkedPool(&'static Threads),
     /// None: this forked child cannot start threads.
-    Nobody,
+    CallerOnly,
 }
 
 /// Number of threads of the process's pool; 0: as rayon chooses.
@@ -110,8 +110,8 @@ pub fn set_default_count(count: usize) {
 }
 
 /// Id of the process that first used rayon's global pool; 0 if none has.
-static HOME: AtomicU32 = AtomicU32::new(0);
-static STAND_IN: PerProcess<Threads> = PerProcess::empty();
+static POOL_PROCESS: AtomicU32 = AtomicU32::new(0);
+static FORKED_POOL: PerProcess<Threads> = PerProcess::empty();
 
 fn find() -> Fallback {
     if rayon::current_thread_index().is_some() {
@@ -119,10 +119,10 @@ fn find() -> Fallback {
     }
     // Set before the pool is built: a child forked during that would inherit half a pool.
     let here = std::process::id();
-    match HOME.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
-        Err(home) if home != here => {
-            let made = STAND_IN.get_or_make(|| Threads::new(DEFAULT_COUNT.load(Ordering::Relaxed)));
-            made.map_or(Fallback::Nobody, Fallback::StandIn)
+    match POOL_PROCESS.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
+        Err(process) if process != here => {
+            let made = FORKED_POOL.get_or_make(|| Threads::new(DEFAULT_COUNT.load(Ordering::Relaxed)));
+            made.map_or(Fallback::CallerOnly, Fallback::ForkedPool)
         }
         Ok(_) => {
             let count = DEFAULT_COUNT.load(Ordering::Relaxed);
@@ -141,8 +141,8 @@ fn find() -> Fallback {
 pub fn available() -> usize {
     match find() {
         Fallback::Ambient => rayon::current_num_threads(),
-        Fallback::StandIn(threads) => threads.count(),
-        Fallback::Nobody => 1,
+        Fallback::ForkedPool(threads) => threads.count(),
+        Fallback::CallerOnly => 1,
     }
 }
 
@@ -150,8 +150,8 @@ pub fn available() -> usize {
 pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -> R {
     match find() {
         Fallback::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
-        Fallback::StandIn(threads) => threads.pool.in_place_scope(|scope| work(Some(scope))),
-        Fallback::Nobody => work(None),
+        Fallback::ForkedPool(threads) => threads.pool.in_place_scope(|scope| work(Some(scope))),
+        Fallback::CallerOnly => work(None),
     }
 }
 
@@ -162,8 +162,8 @@ pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -
 pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
     match find() {
         Fallback::Ambient => Ok(work()),
-        Fallback::StandIn(threads) => Ok(threads.install(work)),
-        Fallback::Nobody => {
+        Fallback::ForkedPool(threads) => Ok(threads.install(work)),
+        Fallback::CallerOnly => {
             Err(Error::Unavailable("the threads of this forked process could not be started".into()))
         }
     }

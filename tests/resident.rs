@@ -8,7 +8,9 @@ use ddtas::backend::device::{
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest, Picked};
-use ddtas::loss::{Batch, Embeddings, LossOutput, LossScalars, LossSettings, Rows, UnitCheck};
+use ddtas::loss::{
+    Batch, Embeddings, Identity, LossOutput, LossScalars, LossSettings, RowNumbers, Rows, UnitCheck,
+};
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
 use ddtas_cases::parts::loss_in_parts;
@@ -418,6 +420,54 @@ fn a_loss_of_rows_of_any_length_that_nobody_waits_for_gives_the_bits_of_one_that
     assert_eq!(scalars.loss, host.loss);
     assert!(host.gradient.iter().all(|value| value.is_finite()), "{}", host.gradient);
     assert_eq!(gradient, host.gradient);
+}
+
+#[test]
+fn a_safe_call_reads_no_address_that_an_earlier_call_was_given() {
+    let (e, labels) = rows(30, 0.0);
+    let mut gradient = Array2::zeros((30, 2));
+    let square = batch(resident(&e, &labels, &mut gradient), None);
+    let whole =
+        ResidentPart { batch: square, identity: ResidentIdentity::ByValue, total: 30, normalize: false };
+    let part = part_of((&e, &labels), 0..30, &mut gradient, ResidentIdentity::From(0));
+    let mut lists = [[0u64; 30]; 6];
+    let [min_pos, max_neg, totals, count_pos, count_neg, scalars] =
+        lists.each_mut().map(|list| list.as_mut_ptr() as u64);
+    let output = ResidentOutput { scalars, loss: 0 };
+    let numbers = |list| ResidentNumbers { anchors: list, references: list, count: 30 };
+    let all = Rows::new(e.view(), &labels);
+    let of_host = Batch::part(all, all, Identity::From(0), 30);
+    for by_address in [false, true] {
+        let mut backend = backend();
+        let thresholds = Box::new([0.7f64; 2]);
+        let lambda = if by_address { thresholds.as_ptr() as u64 } else { 0 };
+        let given = ResidentSettings { settings: LossSettings::default(), lambda };
+        // SAFETY: every address is that of a matrix or list of this test.
+        unsafe { backend.enqueue_loss(&whole, &given, output) }.unwrap();
+        let sums = |backend: &mut DeviceBackend<EmulatedDevice>, batch: &Batch<'_>| {
+            let sums = backend.threshold_gradient(batch, e.view(), None);
+            assert_eq!(matches!(sums, Err(Error::OutOfOrder(_))), by_address, "{sums:?}");
+        };
+        // SAFETY: as above.
+        unsafe {
+            backend.enqueue_same_class(&part, &given, min_pos).unwrap();
+            backend.enqueue_sweep(&part, numbers(min_pos), max_neg, totals).unwrap();
+            backend.enqueue_select(&part, numbers(max_neg), totals, [count_pos, count_neg]).unwrap();
+            backend.enqueue_gradient(&part, [numbers(count_pos), numbers(count_neg)], scalars).unwrap();
+        }
+        sums(&mut backend, &of_host);
+        // SAFETY: as above.
+        unsafe { backend.enqueue_loss(&whole, &given, output) }.unwrap();
+        drop(thresholds);
+        sums(&mut backend, &Batch::square(e.view(), &labels));
+        // A step on host rows would need regions that the layout for device rows lacks.
+        // SAFETY: as above.
+        unsafe { backend.enqueue_same_class(&part, &ResidentSettings { lambda: 0, ..given }, min_pos) }
+            .unwrap();
+        let numbers = RowNumbers { anchors: &[0.5; 30][..], references: &[0.5; 30][..] };
+        let refused = backend.sweep(&of_host, numbers, &mut LossOutput::default());
+        assert!(matches!(refused, Err(Error::OutOfOrder(_))), "{refused:?}");
+    }
 }
 
 #[test]

@@ -152,6 +152,15 @@ impl Backend for Resident {
         unsafe { self.backend.loss_resident(kept, settings, &mut scalars) }
     }
 
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.backend.normalized_loss(batch, settings, output)
+    }
+
     fn same_class(
         &mut self,
         part: &Batch<'_>,

@@ -3,9 +3,8 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use half::{bf16, f16};
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, Axis, s};
 use peak_alloc::PeakAlloc;
 use rayon::prelude::*;
 
@@ -15,7 +14,7 @@ use super::embeddings::{Embeddings, mined_share};
 use super::products::Products;
 use super::settings::ThroughputSettings;
 use ddtas::backend::{Backend, DeviceSpec};
-use ddtas::loss::{self, Batch, ElementType, LossOutput, Rows};
+use ddtas::loss::{Batch, ElementType, LossOutput, OwnedEmbeddings, Rows};
 use ddtas_io::Result;
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
@@ -68,29 +67,10 @@ pub struct Row {
     pub peak_extra_bytes: Option<usize>,
 }
 
-/// Rows as the backend gets them; those of f32 are not copied.
-enum Typed<'a> {
-    F32(ArrayView2<'a, f32>),
-    F16(Array2<f16>),
-    Bf16(Array2<bf16>),
-}
-
-impl<'a> Typed<'a> {
-    fn new(rows: &'a EmbeddedRows, dtype: ElementType) -> Self {
-        match dtype {
-            ElementType::F32 => Self::F32(rows.values.view()),
-            ElementType::F16 => Self::F16(rows.values.mapv(f16::from_f32)),
-            ElementType::Bf16 => Self::Bf16(rows.values.mapv(bf16::from_f32)),
-        }
-    }
-
-    fn view(&self) -> loss::Embeddings<'_> {
-        match self {
-            Self::F32(rows) => loss::Embeddings::F32(rows.view()),
-            Self::F16(rows) => loss::Embeddings::F16(rows.view()),
-            Self::Bf16(rows) => loss::Embeddings::Bf16(rows.view()),
-        }
-    }
+/// The rows, or those that they were rounded to.
+fn view<'a>(rows: &'a EmbeddedRows, rounded: &'a Option<OwnedEmbeddings>) -> Rows<'a> {
+    let embeddings = rounded.as_ref().map_or_else(|| rows.values.view().into(), OwnedEmbeddings::view);
+    Rows { embeddings, labels: &rows.labels }
 }
 
 /// Measures one batch: time, the floor's time, memory.
@@ -123,14 +103,15 @@ pub fn with_batch<T>(
     work: impl FnOnce(&Batch<'_>) -> Result<T>,
 ) -> Result<T> {
     settings.check_products()?;
-    let anchors = Typed::new(&embeddings.anchors, settings.dtype);
-    let references =
-        embeddings.references.as_ref().map(|rows| (Typed::new(rows, settings.dtype), &rows.labels));
-    let rows = Rows::new(anchors.view(), &embeddings.anchors.labels);
-    let batch = match &references {
-        None => Batch { anchors: rows, ..embeddings.batch() },
-        Some((values, labels)) => Batch::rectangular(rows, Rows::new(values.view(), labels)),
+    // Rows of f32 are not copied.
+    let rounded = |rows: &EmbeddedRows| match settings.dtype {
+        ElementType::F32 => None,
+        dtype => Some(OwnedEmbeddings::new(&rows.values, dtype)),
     };
+    let own = rounded(&embeddings.anchors);
+    let other = embeddings.references.as_ref().map(|rows| (rows, rounded(rows)));
+    let references = other.as_ref().map(|(rows, rounded)| view(rows, rounded));
+    let batch = Batch { anchors: view(&embeddings.anchors, &own), references, ..embeddings.batch() };
     batch.validate()?;
     work(&batch)
 }

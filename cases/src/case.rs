@@ -2,16 +2,16 @@
 
 use ddtas::Result;
 use ddtas::loss::select::{initial_tolerances, probe_tolerance};
-use ddtas::loss::{Batch, ElementType, Identity, LossSettings, Reference, Rows, UnitCheck};
+use ddtas::loss::{Batch, ElementType, Identity, LossSettings, OwnedEmbeddings, Reference, Rows, UnitCheck};
 use ndarray::Array2;
 
-use crate::{Expected, Matrix};
+use crate::Expected;
 
 /// Rows with their labels, and the tangent that goes with them (edot of SPEC 5).
 #[derive(Debug, Clone)]
 pub struct Side {
     /// Unit rows.
-    pub rows: Matrix,
+    pub rows: OwnedEmbeddings,
     /// One label per row; a row with a negative label is ignored.
     pub labels: Vec<i64>,
     /// A row for each of `rows`.
@@ -63,7 +63,10 @@ impl Case {
     /// # Errors
     /// Errors of the truth.
     pub fn rounded_to(&self, dtype: ElementType) -> Result<Self> {
-        let side = |side: &Side| Side { rows: side.rows.rounded_to(dtype), ..side.clone() };
+        let side = |side: &Side| {
+            let rows = side.rows.view().to_f64().mapv(|value| value as f32);
+            Side { rows: OwnedEmbeddings::new(&rows, dtype), ..side.clone() }
+        };
         Self::new(self.name.clone(), self.settings, side(&self.anchors), self.references.as_ref().map(side))
     }
 

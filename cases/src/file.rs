@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ddtas::loss::{LossSettings, Mining, ThresholdGradient};
+use ddtas::loss::{LossSettings, Mining, OwnedEmbeddings, ThresholdGradient};
 use ddtas_io::tensors::TensorFile;
 use ddtas_io::{Error, Result};
 
-use crate::{Case, Matrix, Side};
+use crate::{Case, Side};
 
 impl Case {
     /// Reads a reference case: square, f32 rows. The means, which the file does not have, are the truth's.
@@ -29,7 +29,7 @@ impl Case {
         }
         let name = file.metadata.get("case").cloned();
         let name = name.ok_or_else(|| Error::format(path, "the metadata has no `case`"))?;
-        let anchors = Side { rows: Matrix::F32(embeddings), labels, tangent };
+        let anchors = Side { rows: OwnedEmbeddings::F32(embeddings), labels, tangent };
         let mut case = Self::new(name, settings, anchors, None)?;
         let counts = |name: &str, length| -> Result<Vec<u64>> {
             let count =

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `rows.rs` | rows in every type |
+//! | `rows.rs` | rounding to every type |
 //! | `case.rs` | a batch with its expected results |
 //! | `expected.rs` | the truth's results, a backend's errors against them, and bounds for these |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
@@ -25,6 +25,5 @@ mod table;
 pub use case::{Case, Side, is_clear};
 pub use expected::{Bounds, Expected, Report, SINGLE_PRECISION, TF32};
 pub use file::{find, metadata_of, settings_of};
-pub use rows::Matrix;
 pub use run::{check_nearest, run, run_all, run_all_tf32, run_tf32, to_tf32};
 pub use table::{generated, generated_case, generated_to_round, golden, golden_in, in_every_way, widths};

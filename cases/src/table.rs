@@ -3,13 +3,13 @@
 
 use std::path::Path;
 
-use ddtas::loss::{ElementType, LossSettings, Mining, reference};
+use ddtas::loss::{ElementType, LossSettings, Mining, OwnedEmbeddings, reference};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::random::SLACK;
-use crate::{Case, Matrix, Side, find, is_clear};
+use crate::{Case, Side, find, is_clear};
 
 /// Every file of tests/golden, by name.
 ///
@@ -233,9 +233,9 @@ fn draw(recipe: &Recipe, dtype: ElementType, seed: u64) -> Case {
         let (mut other, labels, tangent) = side(count);
         let shared = recipe.shared.min(count);
         other.slice_mut(ndarray::s![..shared, ..]).assign(&rows.slice(ndarray::s![..shared, ..]));
-        Side { rows: Matrix::new(&other, dtype), labels, tangent }
+        Side { rows: OwnedEmbeddings::new(&other, dtype), labels, tangent }
     });
-    let anchors = Side { rows: Matrix::new(&rows, dtype), labels, tangent };
+    let anchors = Side { rows: OwnedEmbeddings::new(&rows, dtype), labels, tangent };
     Case::new(recipe.name.into(), recipe.settings, anchors, references).expect("rows of unit length")
 }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Iterable, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ._ddtas import Context
-from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of
+from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of, warn
 
 Figures = npt.NDArray[np.float64]
 
@@ -73,7 +72,7 @@ def evaluate(
     depths = depths_of(ks)
     found = context.query_metrics(embeddings, labels, gallery, gallery_labels, identity, depths)
     information = context.nmi(embeddings, labels, seed) if nmi else None
-    return evaluation_of(found, sorted({int(depth) for depth in depths}), information)
+    return evaluation_of(found, depths, information)
 
 
 def evaluation_of(
@@ -83,12 +82,9 @@ def evaluation_of(
     first, r_precision, average_precision, labels = found
     counted = np.flatnonzero(~np.isnan(first))
     if not len(counted):
-        warnings.warn(
-            f"none of {len(first)} queries has an answer: Recall@K and the other metrics are undefined, and given as 0",
-            stacklevel=3,
-        )
+        warn(f"none of {len(first)} queries has an answer: Recall@K and the other metrics are undefined, and given as 0")
     first, r_precision, average_precision = (values[counted] for values in (first, r_precision, average_precision))
-    hits = {k: (first >= 0) & (first < k) for k in depths}
+    hits = {k: (first >= 0) & (first < k) for k in sorted({int(depth) for depth in depths})}
     classes, class_of, sizes = np.unique(labels[counted], return_inverse=True, return_counts=True)
 
     def by_class(values: npt.NDArray[np.generic]) -> Figures:

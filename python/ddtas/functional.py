@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from typing import Dict, Iterable, NamedTuple, Protocol, Tuple, Union
@@ -52,14 +53,19 @@ class Recall(Dict[int, float]):
         self.without_match = without_match
 
 
+def warn(message: str) -> None:
+    """Warns with the line of the first caller outside torch and this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ddtas"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def recall_of(found: tuple[list[tuple[int, float]], int, int]) -> Recall:
     """`Recall` from the compiled module's tuple. Warns if no query was counted."""
     recall = Recall(*found)
     if recall.queries == 0:
-        warnings.warn(
-            f"none of {recall.without_match} rows has another row of its class: Recall@K is undefined, and given as 0",
-            stacklevel=3,
-        )
+        warn(f"none of {recall.without_match} rows has another row of its class: Recall@K is undefined, and given as 0")
     return recall
 
 
@@ -70,8 +76,7 @@ _thread_local = threading.local()
 def context_of(given: Context | None) -> Context:
     """The given context, or the calling thread's own, which is created in its first call."""
     if given is not None:
-        # Not isinstance: `ddtas.torch.engine.GpuSearch` is passed here too.
-        if not hasattr(given, "query_metrics"):
+        if not isinstance(given, Context):
             raise TypeError(f"context must be a ddtas.Context, not {type(given).__name__}")
         return given
     context: Context | None = getattr(_thread_local, "context", None)

@@ -1,15 +1,15 @@
 //! The calls of `Context`.
 
 use ddtas::backend::Backend;
-use ddtas::loss::{self, Batch, PairTotals, Rows};
+use ddtas::loss::{self, Batch, PairTotals, RowNumbers, Rows};
 use ddtas::retrieval::{NMI_STEPS, Recall, SearchTask, evaluate_queries, nmi, recall};
 use ddtas::threads::{MOST_THREADS, available};
 use pyo3::prelude::*;
 
 use crate::double;
-use crate::input::{Labels, Matrix, whole};
-use crate::output::{LossOutput, vector};
-use crate::part::{self, Part};
+use crate::input::{Labels, Matrix, similarities, sizes, whole};
+use crate::output::{LossOutput, array, vector};
+use crate::part::{self, Part, run};
 use crate::settings::Settings;
 use crate::sides::{self, LOSS, SEARCH, Sides, unit_check};
 use crate::workspace::Context;
@@ -111,7 +111,10 @@ impl Context {
 
     /// First step of a part: m+, positive and negative pairs, and their mean similarities.
     fn same_class(&self, py: Python<'_>, part: Part<'_>) -> PyResult<part::SameClass> {
-        part.same_class(py, self)
+        let (sides, settings) = (part.sides()?, part.settings.to_library()?);
+        let batch = part.batch(&sides)?;
+        let found = run(py, self, |backend, output| backend.same_class(&batch, &settings, output))?;
+        Ok((vector(py, found.min_pos), found.total_pos, found.total_neg, found.mean_pos, found.mean_neg))
     }
 
     /// Second step: m- and the probe's count.
@@ -123,7 +126,13 @@ impl Context {
         min_pos: &Bound<'_, PyAny>,
         reference_min_pos: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<part::Sweep> {
-        part.sweep(py, self, (min_pos, reference_min_pos))
+        let sides = part.sides()?;
+        let batch = part.batch(&sides)?;
+        let own = similarities("min_pos", Some(min_pos))?;
+        let other = similarities("reference_min_pos", reference_min_pos)?;
+        let numbers = RowNumbers::new(&own, &other);
+        let found = run(py, self, |backend, output| backend.sweep(&batch, numbers, output))?;
+        Ok((vector(py, found.max_neg), found.probe_neg))
     }
 
     /// Third step: the sizes of both sets, and the tolerances.
@@ -142,7 +151,14 @@ impl Context {
             probe_neg: count(probe_neg, "probe_neg")?,
             total_pos: count(total_pos, "total_pos")?,
         };
-        part.select(py, self, (max_neg, reference_max_neg), totals)
+        let sides = part.sides()?;
+        let batch = part.batch(&sides)?;
+        let own = similarities("max_neg", Some(max_neg))?;
+        let other = similarities("reference_max_neg", reference_max_neg)?;
+        let numbers = RowNumbers::new(&own, &other);
+        let found = run(py, self, |backend, output| backend.select(&batch, numbers, totals, output))?;
+        let counts = (vector(py, found.count_pos), vector(py, found.count_neg));
+        Ok((counts.0, counts.1, found.gamma_pos, found.gamma_neg))
     }
 
     /// Last step: the part's share of the loss, the gradient of its anchors, active ones, and dL/dlambda.
@@ -156,7 +172,17 @@ impl Context {
         reference_count_pos: Option<&Bound<'_, PyAny>>,
         reference_count_neg: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<part::PartLoss> {
-        part.gradient(py, self, (count_pos, reference_count_pos), (count_neg, reference_count_neg))
+        let sides = part.sides()?;
+        let batch = part.batch(&sides)?;
+        let own = [sizes("count_pos", Some(count_pos))?, sizes("count_neg", Some(count_neg))?];
+        let other = [
+            sizes("reference_count_pos", reference_count_pos)?,
+            sizes("reference_count_neg", reference_count_neg)?,
+        ];
+        let (pos, neg) = (RowNumbers::new(&own[0], &other[0]), RowNumbers::new(&own[1], &other[1]));
+        let found = run(py, self, |backend, output| backend.gradient(&batch, pos, neg, output))?;
+        let gradient = array(py, found.gradient);
+        Ok((found.loss, gradient, found.active, found.dloss_dlambda_pos, found.dloss_dlambda_neg))
     }
 
     /// After the last step: the part's share of both sums of the threshold gradient.
@@ -168,7 +194,14 @@ impl Context {
         tangent: &Bound<'py, PyAny>,
         reference_tangent: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(f64, f64)> {
-        part.threshold_gradient(py, self, tangent, reference_tangent)
+        let sides = part.sides()?;
+        let batch = part.batch(&sides)?;
+        let own = Matrix::new("tangent", tangent)?;
+        let other =
+            reference_tangent.map(|rows| Matrix::new("tangent of the references", rows)).transpose()?;
+        let (tangent, moving) = (own.float()?, other.as_ref().map(Matrix::float).transpose()?);
+        let sums = self.compute(py, |backend| backend.threshold_gradient(&batch, tangent, moving))?;
+        Ok((sums.pos, sums.neg))
     }
 
     /// For each query: rank of the first answer, R-precision, average precision at R, and the label. The metrics

@@ -19,14 +19,14 @@ use pyo3::prelude::*;
 use crate::context::{Found, QueryMetrics, depths, found, metrics_of_queries};
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::resident::{Issued, Spaces, Target, Where};
+use crate::resident::{Issued, Target, Where, Workspaces};
 use crate::settings::Settings;
 use crate::sides::{SEARCH, Sides, unit_check};
 
 /// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out;
 /// `allow_tf32`: float32 rows may be multiplied to TF32's precision.
 #[pyclass(frozen, module = "ddtas")]
-pub struct CudaContext(Spaces);
+pub struct CudaContext(Workspaces);
 
 /// The stream that the tensors must be ready on.
 struct Stream(usize);
@@ -190,7 +190,7 @@ impl CudaContext {
     #[pyo3(signature = (budget = None, allow_tf32 = false))]
     fn new(budget: Option<usize>, allow_tf32: bool) -> Self {
         let budget = budget.unwrap_or(Options::default().budget);
-        Self(Spaces::new(Options { budget, tf32: allow_tf32 }))
+        Self(Workspaces::new(Options { budget, tf32: allow_tf32 }))
     }
 
     /// Issues the loss of one side, or of the first side against the second, without waiting: gradients and
@@ -260,7 +260,7 @@ impl CudaContext {
         Ok((sums.pos, sums.neg))
     }
 
-    /// As `Context.query_metrics`, on rows in the host's memory that are copied to the GPU in turns.
+    /// As `Context.query_metrics`, on rows in the host's memory that are copied to the GPU in blocks.
     #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn query_metrics<'py>(

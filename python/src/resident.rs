@@ -28,13 +28,13 @@ pub type Where = (usize, usize);
 /// What a workspace is for: calls that run when they are issued, or a captured graph, whose replays must find
 /// it unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Purpose {
+enum WorkspaceKey {
     Calls(usize),
     Graph(usize, u64),
 }
 
 /// Workspaces on GPUs: one for each GPU, and one for each graph that was captured there.
-pub struct Spaces {
+pub struct Workspaces {
     options: Options,
     /// A forked process has none of its parent's, and is refused by the driver with a message. The lock is
     /// held for a look-up, never for a computation.
@@ -44,10 +44,10 @@ pub struct Spaces {
 #[derive(Default)]
 struct Found {
     gpus: HashMap<usize, Gpu>,
-    spaces: HashMap<Purpose, Arc<Mutex<CudaBackend>>>,
+    workspaces: HashMap<WorkspaceKey, Arc<Mutex<CudaBackend>>>,
 }
 
-impl Spaces {
+impl Workspaces {
     pub fn new(options: Options) -> Self {
         Self { options, found: PerProcess::empty() }
     }
@@ -59,8 +59,8 @@ impl Spaces {
         work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T>,
     ) -> ddtas::Result<T> {
         let stream: *mut c_void = std::ptr::with_exposed_provenance_mut(stream);
-        let space = self.space(ordinal, stream)?;
-        let mut backend = lock(&space);
+        let workspace = self.workspace(ordinal, stream)?;
+        let mut backend = lock(&workspace);
         // SAFETY: torch's current stream of that GPU, which lives during the call; it is not used after
         // `mark`.
         unsafe { backend.device_mut().follow(stream) }?;
@@ -69,23 +69,23 @@ impl Spaces {
         done
     }
 
-    fn space(&self, ordinal: usize, stream: *mut c_void) -> ddtas::Result<Arc<Mutex<CudaBackend>>> {
+    fn workspace(&self, ordinal: usize, stream: *mut c_void) -> ddtas::Result<Arc<Mutex<CudaBackend>>> {
         let mut found = lock(self.found.get_or_make(|| Ok::<_, Error>(Mutex::default()))?);
-        let Found { gpus, spaces } = &mut *found;
+        let Found { gpus, workspaces } = &mut *found;
         let gpu = match gpus.entry(ordinal) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => unknown.insert(Gpu::new(ordinal)?),
         };
         // SAFETY: as in `compute`.
         let capture = unsafe { gpu.capture(stream) }?;
-        let calls = Purpose::Calls(ordinal);
-        let purpose = capture.map_or(calls, |graph| Purpose::Graph(ordinal, graph));
-        if let Some(space) = spaces.get(&purpose) {
-            return Ok(space.clone());
+        let calls = WorkspaceKey::Calls(ordinal);
+        let key = capture.map_or(calls, |graph| WorkspaceKey::Graph(ordinal, graph));
+        if let Some(workspace) = workspaces.get(&key) {
+            return Ok(workspace.clone());
         }
-        let space = match (capture, spaces.remove(&calls)) {
+        let workspace = match (capture, workspaces.remove(&calls)) {
             // The calls' workspace becomes the graph's: its replays must not share it with other calls.
-            (Some(_), Some(space)) => space,
+            (Some(_), Some(workspace)) => workspace,
             (Some(_), None) => {
                 let reason = "memory cannot be allocated while a graph is captured: call it once with this shape before";
                 return Err(Error::Unavailable(reason.into()));
@@ -96,8 +96,8 @@ impl Spaces {
                 Arc::new(Mutex::new(CudaBackend::new(device, self.options)))
             }
         };
-        spaces.insert(purpose, space.clone());
-        Ok(space)
+        workspaces.insert(key, workspace.clone());
+        Ok(workspace)
     }
 }
 

@@ -3,6 +3,7 @@
 //! DLPack takes some microseconds a tensor, a tenth of the time of the loss at 80 rows.
 //! `ddtas/torch/operator.py` is the only caller, and checks types, shapes, layout and device.
 
+use ddtas::backend::Backend;
 use ddtas::loss::{
     Batch, DoubleBatch, DoubleRows, ElementType, Embeddings, Identity, LossOutput, LossScalars, LossSettings,
     Reference, Rows,
@@ -137,7 +138,7 @@ pub unsafe fn loss(
             if normalize {
                 backend.normalized_loss(&batch, settings, &mut output)?;
             } else {
-                ddtas::backend::Backend::loss(backend, &batch, settings, &mut output)?;
+                backend.loss(&batch, settings, &mut output)?;
             }
             Ok(output)
         })?;

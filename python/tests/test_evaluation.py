@@ -88,6 +88,23 @@ def test_what_cannot_be_judged_is_refused():
         assert ddtas.evaluate(rows, np.arange(30)).map_at_r == 0
 
 
+def test_a_warning_names_the_line_of_the_caller():
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    import ddtas.torch
+
+    rows, _ = drawn(30, 4)
+    tensors = torch.from_numpy(rows), torch.arange(30)
+    for call in (
+        lambda: ddtas.evaluate(rows, np.arange(30)),
+        lambda: ddtas.recall_at_k(rows, np.arange(30)),
+        lambda: ddtas.torch.evaluate(*tensors),
+        lambda: ddtas.torch.recall_at_k(*tensors),
+    ):
+        with pytest.warns(UserWarning, match="is undefined|are undefined") as warned:
+            call()
+        assert [warning.filename for warning in warned] == [__file__]
+
+
 def test_ignored_rows_alone_have_nothing_to_tell_apart():
     rows, labels = drawn(30, 4)
     with pytest.warns(UserWarning, match="none of 30 queries has an answer"):

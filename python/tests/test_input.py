@@ -234,6 +234,8 @@ def test_references_that_do_not_fit_are_refused():
         ddtas.loss(rows.astype(float), labels, rows, labels)
     with pytest.raises(TypeError, match="the references must be float32, float16 or bfloat16, not float64"):
         ddtas.loss(rows, labels, rows.astype(float), labels)
+    with pytest.raises(TypeError, match="the references must be f32, as the anchors are, not f16"):
+        ddtas.loss(rows, labels, rows.astype(np.float16), labels)
 
 
 def test_an_identity_that_says_nothing_is_refused():

@@ -39,6 +39,19 @@ pub trait Backend: Send {
     /// After an error `output` is unspecified and nothing is remembered.
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
 
+    /// [`loss`](Backend::loss) of rows of any length but 0: they are scaled to unit length, and the gradients
+    /// are with respect to the rows as given. No [`threshold_gradient`](Backend::threshold_gradient) can
+    /// follow.
+    ///
+    /// # Errors
+    /// As [`loss`](Backend::loss); [`Error::NotUnit`] for a row of zeros.
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()>;
+
     /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its
     /// anchors.
     ///
@@ -108,9 +121,40 @@ pub trait Backend: Send {
 
     /// The two sums of SPEC 5 over the pairs of the last [`loss`](Backend::loss), at its thresholds.
     ///
-    /// `batch` must be the batch of that call. `tangent` is edot of the anchors,
-    /// `[B, D]`; `reference_tangent` that of the references `[N, D]` (zero if
-    /// absent; unused in the square form).
+    /// They are the derivatives by `lambda_pos` and `lambda_neg` of <dL/dE, tangent>, the change of the loss
+    /// as the rows move along a tangent; the mined pairs stay. `tangent` `[B, D]` is the derivative of the
+    /// anchors along a direction, the `edot` of SPEC 5, and `reference_tangent` `[N, D]` that of the
+    /// references (zero if absent; unused in the square form). `batch` must be the batch of that call.
+    ///
+    /// To learn a threshold, take the tangent of the embeddings along the gradient of a meta loss with
+    /// respect to the network's weights. A step of rate eta goes against the loss's gradient, so `-eta` times
+    /// a sum is the meta loss's derivative by that threshold, which the threshold descends:
+    /// `lambda -= lambda_rate * -eta * sum`.
+    ///
+    /// ```
+    /// use ddtas::backend::{Backend, cpu::CpuBackend};
+    /// use ddtas::loss::{Batch, LossOutput, LossSettings};
+    /// use ddtas::ndarray::array;
+    ///
+    /// let embeddings = array![[1.0f32, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]];
+    /// let tangent = array![[0.0f32, 0.0], [-0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]; // the second row turns
+    /// let labels = [0, 0, 1, 1];
+    /// let batch = Batch::square(embeddings.view(), &labels);
+    /// let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
+    ///
+    /// // The change along the tangent at one threshold.
+    /// let mut change = |lambda_pos| {
+    ///     let settings = LossSettings { lambda_pos, ..LossSettings::default() };
+    ///     backend.loss(&batch, &settings, &mut output)?;
+    ///     Ok::<f64, ddtas::Error>((&output.gradient * &tangent).mapv(f64::from).sum())
+    /// };
+    /// let quotient = (change(0.71)? - change(0.69)?) / 0.02;
+    ///
+    /// backend.loss(&batch, &LossSettings::default(), &mut output)?;
+    /// let sums = backend.threshold_gradient(&batch, tangent.view(), None)?;
+    /// assert!(sums.pos > 0.1 && (sums.pos - quotient).abs() < 1e-3);
+    /// # Ok::<(), ddtas::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] without a loss before it;

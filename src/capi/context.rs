@@ -18,13 +18,13 @@ use crate::threads::Threads;
 
 /// One device with its threads and workspace. Make it with ddtas_context_create.
 pub struct Context {
-    recipe: Recipe,
+    settings: ContextSettings,
     made: PerProcess<Made>,
 }
 
 /// The options from which a forked child creates its own.
 #[derive(Debug, Clone, Copy)]
-struct Recipe {
+struct ContextSettings {
     /// The device that was opened, never `auto`.
     spec: DeviceSpec,
     threads: usize,
@@ -101,7 +101,7 @@ impl Context {
             text.to_string_lossy().parse::<DeviceSpec>()?
         };
         let mode = choose("stream_mode", given.stream_mode, &[StreamMode::Own, StreamMode::Given])?;
-        let recipe = Recipe {
+        let settings = ContextSettings {
             spec,
             threads: given.threads,
             budget: given.workspace_bytes,
@@ -109,19 +109,19 @@ impl Context {
         };
         let stream = (mode == StreamMode::Given).then_some(given.stream);
         // SAFETY: handed on to the caller.
-        let made = unsafe { recipe.make(stream) }?;
+        let made = unsafe { settings.make(stream) }?;
         let spec = made.lock_state().engine.name().parse()?;
-        Ok(Self { recipe: Recipe { spec, ..recipe }, made: PerProcess::new(made) })
+        Ok(Self { settings: ContextSettings { spec, ..settings }, made: PerProcess::new(made) })
     }
 
     /// This process's part of the context, created if there is none.
     pub fn here(&self) -> Outcome<&Made> {
         self.made.get_or_make(|| {
-            if let DeviceSpec::Cuda(_) = self.recipe.spec {
+            if let DeviceSpec::Cuda(_) = self.settings.spec {
                 return Err(Failure::from(Error::Unavailable(AFTER_FORK.into())));
             }
             // SAFETY: there is no stream.
-            unsafe { self.recipe.make(None) }
+            unsafe { self.settings.make(None) }
         })
     }
 }
@@ -130,7 +130,7 @@ impl Context {
 const AFTER_FORK: &str = "this context is on a GPU and the process was forked since: CUDA does not survive a fork, \
                           start the process anew (exec, spawn) and make a context there";
 
-impl Recipe {
+impl ContextSettings {
     /// # Safety
     /// As `open`.
     unsafe fn make(&self, stream: Option<*mut c_void>) -> Outcome<Made> {

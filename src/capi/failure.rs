@@ -37,7 +37,7 @@ impl From<Error> for Failure {
             Error::LengthMismatch { .. } | Error::Empty { .. } | Error::NotContiguous { .. } => {
                 Status::InvalidShape
             }
-            Error::InvalidSetting { .. } => Status::InvalidValue,
+            Error::InvalidSetting { .. } | Error::TypeMismatch { .. } => Status::InvalidValue,
             Error::OutOfMemory { .. } => Status::OutOfMemory,
             Error::OutOfOrder(_) => Status::OutOfOrder,
             Error::Unavailable(_) => Status::Unavailable,

@@ -253,9 +253,10 @@ pub unsafe extern "C" fn ddtas_loss(
 ///
 /// Otherwise as ddtas_loss. `gradient` receives dL/d(anchors), `count` rows of `dim`; `reference_gradient`
 /// likewise dL/d(references), or is NULL. `lambda`, if not NULL, points to lambda_pos and lambda_neg, which
-/// replace those of `settings`; they must be within -2 to 2 and are not checked. A bad row is not an error of
-/// this call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a
-/// shape nothing is allocated, so that calls can be captured in a graph.
+/// replace those of `settings`; they must be within -2 to 2 and are not checked, and no
+/// ddtas_threshold_gradient can follow, since it would read them again. A bad row is not an error of this
+/// call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a shape
+/// nothing is allocated, so that calls can be captured in a graph.
 ///
 /// # Safety
 /// As ddtas_loss, until the stream has finished.
@@ -402,7 +403,6 @@ pub unsafe extern "C" fn ddtas_nearest(
         let (pool, engine, buffers) = state.parts();
         let there = references.unwrap_or(queries).extent.count;
         let depth = k.min(there);
-        reserve_search(queries.extent.count, depth)?;
         let nearest = if queries.memory == Memory::Device {
             // SAFETY: handed on to the caller.
             unsafe { engine.device_nearest(&DeviceBatch::new(queries, references), None, depth) }?
@@ -437,7 +437,7 @@ pub unsafe extern "C" fn ddtas_nearest(
 ///
 /// Rows with a negative label are neither queries nor neighbours; a row alone in its class is no query.
 /// `recall_at` receives `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
-/// that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in turns,
+/// that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in blocks,
 /// whose lists take 64 MiB. Rows in device memory are searched there; their labels and the lists are copied
 /// to the host.
 ///
@@ -504,13 +504,6 @@ fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Exte
         return Err(Failure::new(Status::InvalidShape, message));
     }
     Ok(extent)
-}
-
-/// Refuses a search whose lists no memory could hold, rather than let the allocator end the process.
-fn reserve_search(count: usize, depth: usize) -> Outcome<()> {
-    // An index and a similarity in the result, and a buffer of twice as many hits while it is made.
-    let bytes = count.saturating_mul(depth).saturating_mul(24);
-    input::reserve(&mut Vec::<u8>::new(), bytes)
 }
 
 /// Copies text, cut to the buffer, with a NUL behind it.

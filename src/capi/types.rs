@@ -17,8 +17,11 @@ pub unsafe trait Versioned: Copy {
     /// Its size in the first published header: no caller has a smaller one.
     const FIRST_BYTES: usize;
 
-    /// The struct with the values of fields that an older header lacks.
-    fn initial() -> Self;
+    /// The struct with the values of fields that an older header lacks; zeros by default.
+    fn initial() -> Self {
+        // SAFETY: any bits make a `Self`.
+        unsafe { std::mem::zeroed() }
+    }
 }
 
 /// Version of the binary interface these headers describe. It changes when a program built against an
@@ -329,18 +332,6 @@ pub struct Tangents {
 unsafe impl Versioned for ContextOptions {
     const NAME: &'static str = "ddtas_context_options";
     const FIRST_BYTES: usize = offset_of!(Self, allow_tf32) + size_of::<i32>();
-
-    fn initial() -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            device: std::ptr::null(),
-            threads: 0,
-            workspace_bytes: 0,
-            stream: std::ptr::null_mut(),
-            stream_mode: 0,
-            allow_tf32: 0,
-        }
-    }
 }
 
 // SAFETY: #[repr(C)], struct_size first, any bits are valid.
@@ -370,93 +361,22 @@ unsafe impl Versioned for Settings {
 unsafe impl Versioned for Rows {
     const NAME: &'static str = "ddtas_rows";
     const FIRST_BYTES: usize = offset_of!(Self, memory) + size_of::<i32>();
-
-    fn initial() -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            embeddings: std::ptr::null(),
-            labels: std::ptr::null(),
-            count: 0,
-            dim: 0,
-            row_stride: 0,
-            dtype: 0,
-            memory: 0,
-            identity: 0,
-            identity_first: 0,
-            identity_list: std::ptr::null(),
-        }
-    }
 }
 
 // SAFETY: #[repr(C)], struct_size first, any bits are valid.
 unsafe impl Versioned for LossResult {
     const NAME: &'static str = "ddtas_loss_result";
     const FIRST_BYTES: usize = offset_of!(Self, mined_neg) + size_of::<u64>();
-
-    fn initial() -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            gradient: std::ptr::null_mut(),
-            gradient_stride: 0,
-            reference_gradient: std::ptr::null_mut(),
-            reference_gradient_stride: 0,
-            min_pos: std::ptr::null_mut(),
-            max_neg: std::ptr::null_mut(),
-            count_pos: std::ptr::null_mut(),
-            count_neg: std::ptr::null_mut(),
-            loss: 0.0,
-            dloss_dlambda_pos: 0.0,
-            dloss_dlambda_neg: 0.0,
-            gamma_pos: 0.0,
-            gamma_neg: 0.0,
-            mean_pos: 0.0,
-            mean_neg: 0.0,
-            total_pos: 0,
-            probe_neg: 0,
-            active: 0,
-            mined_pos: 0,
-            mined_neg: 0,
-            total_neg: 0,
-        }
-    }
 }
 
 // SAFETY: #[repr(C)], struct_size first, any bits are valid.
 unsafe impl Versioned for Part {
     const NAME: &'static str = "ddtas_part";
     const FIRST_BYTES: usize = offset_of!(Self, reference_count_neg) + size_of::<*const u32>();
-
-    fn initial() -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            total: 0,
-            reference_numbers: 0,
-            min_pos: std::ptr::null(),
-            reference_min_pos: std::ptr::null(),
-            max_neg: std::ptr::null(),
-            reference_max_neg: std::ptr::null(),
-            probe_neg: 0,
-            total_pos: 0,
-            count_pos: std::ptr::null(),
-            reference_count_pos: std::ptr::null(),
-            count_neg: std::ptr::null(),
-            reference_count_neg: std::ptr::null(),
-        }
-    }
 }
 
 // SAFETY: #[repr(C)], struct_size first, any bits are valid.
 unsafe impl Versioned for Tangents {
     const NAME: &'static str = "ddtas_tangents";
     const FIRST_BYTES: usize = offset_of!(Self, reference_stride) + size_of::<usize>();
-
-    fn initial() -> Self {
-        Self {
-            struct_size: size_of::<Self>(),
-            anchors: std::ptr::null(),
-            anchor_stride: 0,
-            references: std::ptr::null(),
-            reference_stride: 0,
-        }
-    }
 }

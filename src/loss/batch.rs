@@ -1,7 +1,7 @@
 //! The input of every pass: unit rows with labels, square or rectangular.
 
 use half::{bf16, f16};
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2, Axis};
 
 use crate::{Error, Result};
 
@@ -77,6 +77,18 @@ impl<'a> From<ArrayView2<'a, f32>> for Embeddings<'a> {
     }
 }
 
+impl<'a> From<ArrayView2<'a, f16>> for Embeddings<'a> {
+    fn from(view: ArrayView2<'a, f16>) -> Self {
+        Self::F16(view)
+    }
+}
+
+impl<'a> From<ArrayView2<'a, bf16>> for Embeddings<'a> {
+    fn from(view: ArrayView2<'a, bf16>) -> Self {
+        Self::Bf16(view)
+    }
+}
+
 impl Embeddings<'_> {
     /// Reborrows the matrix: views are invariant in their lifetime, so it cannot be shortened implicitly.
     #[must_use]
@@ -132,13 +144,55 @@ impl Embeddings<'_> {
         self.element_type().norm_tolerance()
     }
 
+    /// Copies the rows with these numbers, in this order.
+    pub(crate) fn select(&self, rows: &[usize]) -> OwnedEmbeddings {
+        match self {
+            Self::F32(m) => OwnedEmbeddings::F32(m.select(Axis(0), rows)),
+            Self::F16(m) => OwnedEmbeddings::F16(m.select(Axis(0), rows)),
+            Self::Bf16(m) => OwnedEmbeddings::Bf16(m.select(Axis(0), rows)),
+        }
+    }
+
     /// The same matrix in float64.
     #[must_use]
-    pub fn to_f64(&self) -> ndarray::Array2<f64> {
+    pub fn to_f64(&self) -> Array2<f64> {
         match self {
             Self::F32(m) => m.mapv(f64::from),
             Self::F16(m) => m.mapv(f64::from),
             Self::Bf16(m) => m.mapv(f64::from),
+        }
+    }
+}
+
+/// A matrix of embeddings that owns its entries.
+#[derive(Debug, Clone)]
+pub enum OwnedEmbeddings {
+    /// Single precision.
+    F32(Array2<f32>),
+    /// IEEE half precision.
+    F16(Array2<f16>),
+    /// Brain floating point.
+    Bf16(Array2<bf16>),
+}
+
+impl OwnedEmbeddings {
+    /// `rows` rounded to `dtype`.
+    #[must_use]
+    pub fn new(rows: &Array2<f32>, dtype: ElementType) -> Self {
+        match dtype {
+            ElementType::F32 => Self::F32(rows.clone()),
+            ElementType::F16 => Self::F16(rows.mapv(f16::from_f32)),
+            ElementType::Bf16 => Self::Bf16(rows.mapv(bf16::from_f32)),
+        }
+    }
+
+    /// The matrix as a backend takes it.
+    #[must_use]
+    pub fn view(&self) -> Embeddings<'_> {
+        match self {
+            Self::F32(m) => Embeddings::F32(m.view()),
+            Self::F16(m) => Embeddings::F16(m.view()),
+            Self::Bf16(m) => Embeddings::Bf16(m.view()),
         }
     }
 }
@@ -244,6 +298,27 @@ impl<'a> Batch<'a> {
     }
 
     /// Anchors against references of their own.
+    ///
+    /// ```
+    /// use ddtas::backend::{Backend, cpu::CpuBackend};
+    /// use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
+    /// use ddtas::ndarray::{array, s};
+    ///
+    /// // A bank whose last two rows are the batch itself.
+    /// let bank = array![[0.6f32, 0.8], [0.0, 1.0], [1.0, 0.0], [0.8, 0.6]];
+    /// let labels = [1, 1, 0, 0];
+    /// let anchors = Rows::new(bank.slice(s![2.., ..]), &labels[2..]);
+    /// let batch = Batch::rectangular(anchors, Rows::new(bank.view(), &labels))
+    ///     .with_identity(Identity::From(2))
+    ///     .with_reference_gradient();
+    ///
+    /// let mut output = LossOutput::default();
+    /// CpuBackend::new().loss(&batch, &LossSettings::default(), &mut output)?;
+    /// assert_eq!(output.total_pos, 2); // no row is a pair of itself
+    /// assert_eq!(output.gradient.dim(), (2, 2));
+    /// assert_eq!(output.reference_gradient.map(|rows| rows.dim()), Some((4, 2)));
+    /// # Ok::<(), ddtas::Error>(())
+    /// ```
     #[must_use]
     pub fn rectangular(anchors: Rows<'a>, references: Rows<'a>) -> Self {
         Self { references: Some(references), ..Self::square(anchors.embeddings, anchors.labels) }
@@ -295,13 +370,13 @@ impl<'a> Batch<'a> {
         self.references.is_none()
     }
 
-    /// Checks shapes: lengths, dimensions, layout. Contents (NaN, unit norm) are
+    /// Checks shapes and types: lengths, dimensions, layout. Contents (NaN, unit norm) are
     /// checked by the backends while they read the rows.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a
-    /// total below the number of anchors, or an identity that names no reference or one of another label than
-    /// its anchor's.
+    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::TypeMismatch`], [`Error::NotContiguous`];
+    /// [`Error::InvalidSetting`] for a total below the number of anchors, or an identity that names no
+    /// reference or one of another label than its anchor's.
     pub fn validate(&self) -> Result<()> {
         let anchors = self.anchors.labels.len();
         // A part may have no anchors: a process can hold no row of the batch.
@@ -311,6 +386,10 @@ impl<'a> Batch<'a> {
         if let Some(references) = &self.references {
             validate_rows("references", references)?;
             validate_dims(self.anchors.embeddings.dim(), references.embeddings.dim())?;
+            let types = [&self.anchors, references].map(|rows| rows.embeddings.element_type());
+            if types[0] != types[1] {
+                return Err(Error::TypeMismatch { anchors: types[0], references: types[1] });
+            }
             validate_identity(&self.identity, self.anchors.labels, references.labels)?;
         }
         match self.total {

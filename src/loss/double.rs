@@ -6,7 +6,6 @@ use ndarray::{Array2, ArrayView2};
 
 use super::batch::{check_unit, validate_dims, validate_identity, validate_shape};
 use super::reference::{Reference, evaluate, threshold_gradient_along};
-use super::similarity::Similarities;
 use super::{Identity, LossSettings, ThresholdGradient, UnitCheck};
 use crate::Result;
 
@@ -52,12 +51,10 @@ impl DoubleBatch<'_> {
         if let Some(rows) = &self.references {
             validate_identity(&self.identity, self.anchors.labels, rows.labels)?;
         }
-        let reference_side =
-            references.as_ref().zip(self.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-        let anchor_side = (&anchors, self.anchors.labels);
-        let similarities = Similarities::of_batch(anchor_side, reference_side, &self.identity);
         let total = anchors.nrows();
-        Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
+        let references = references.as_ref().zip(self.references.map(|rows| rows.labels));
+        let anchors = (&anchors, self.anchors.labels);
+        Ok(evaluate(anchors, references, &self.identity, total, self.reference_gradient, settings))
     }
 
     /// Evaluates the threshold gradient (SPEC 5) along tangents of the anchors and of the references.

@@ -21,6 +21,9 @@ pub struct Weighted {
 }
 
 /// Evaluates SPEC 4 on the mined pairs of a batch.
+///
+/// # Panics
+/// If `selection` is of a larger batch than `similarities`.
 #[must_use]
 pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &LossSettings) -> Weighted {
     weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
@@ -28,6 +31,9 @@ pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &Loss
 
 /// Evaluates SPEC 4 on the mined pairs of a part of a batch of `total` anchors. `sizes` are |P_i| and |N_i|
 /// of each anchor in the whole batch. Mining is constant under differentiation.
+///
+/// # Panics
+/// If `sizes` has more entries than anchors, or `selection` is of a larger batch than `similarities`.
 #[must_use]
 pub fn weigh_part(
     similarities: &Similarities,
@@ -64,6 +70,9 @@ pub fn weigh_part(
 }
 
 /// dL/d(anchors) and, if `wanted`, dL/d(references) from `g` = dL/dS. Without references: the square form.
+///
+/// # Panics
+/// If `g` is not `[B, N]`, or dimensions differ.
 #[must_use]
 pub fn gradients(
     g: &Array2<f64>,

@@ -3,7 +3,7 @@
 //! Types first ([`Batch`], [`LossSettings`], [`LossOutput`]), then one file a
 //! pass, each reading like its section of the specification:
 //!
-//! | pass | file | specification |
+//! | pass | file | SPEC ([`method`](crate::method)) |
 //! | --- | --- | --- |
 //! | similarity | `similarity.rs` | 1: positives, negatives, m+, m- |
 //! | select | `select.rs` | 2, 3: ASMS and AT-ASMS |
@@ -29,7 +29,7 @@ mod steps;
 mod tangent;
 pub mod threshold;
 
-pub use batch::{Batch, ElementType, Embeddings, Identity, Rows, UnitCheck};
+pub use batch::{Batch, ElementType, Embeddings, Identity, OwnedEmbeddings, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, has_entries, same_length};
 pub(crate) use batch::{validate_dims, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};

@@ -6,7 +6,9 @@ use super::batch::check_unit;
 use super::gradient::{Weighted, gradients, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
-use super::{Batch, BatchSize, LossSettings, Rows, TangentOf, ThresholdGradient, UnitCheck, threshold};
+use super::{
+    Batch, BatchSize, Identity, LossSettings, Rows, TangentOf, ThresholdGradient, UnitCheck, threshold,
+};
 use crate::Result;
 
 /// The loss of a batch with every intermediate result. Holds B x N matrices.
@@ -50,27 +52,27 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     batch.validate()?;
     let anchors = read(batch, "anchors", &batch.anchors)?;
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
-    let reference_side =
-        references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    let anchor_side = (&anchors, batch.anchors.labels);
-    let similarities = Similarities::of_batch(anchor_side, reference_side, &batch.identity);
-    let rows = (&anchors, references.as_ref());
-    Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
+    let references = references.as_ref().zip(batch.references.map(|rows| rows.labels));
+    let anchors = (&anchors, batch.anchors.labels);
+    let (identity, total) = (&batch.identity, batch.total());
+    Ok(evaluate(anchors, references, identity, total, batch.reference_gradient, settings))
 }
 
 /// Runs the passes in order on checked rows; `references` only in the rectangular form.
 pub(super) fn evaluate(
-    similarities: Similarities,
-    (anchors, references): (&Array2<f64>, Option<&Array2<f64>>),
+    anchors: (&Array2<f64>, &[i64]),
+    references: Option<(&Array2<f64>, &[i64])>,
+    identity: &Identity<'_>,
     total: usize,
     reference_gradient: bool,
     settings: &LossSettings,
 ) -> Reference {
+    let similarities = Similarities::of_batch(anchors, references, identity);
     let selection = Selection::new(&similarities, settings);
     let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
 
     let (gradient, reference_gradient) =
-        gradients(&weighted.weights, anchors, references, reference_gradient);
+        gradients(&weighted.weights, anchors.0, references.map(|rows| rows.0), reference_gradient);
     let (_, mean_pos) = mean(&similarities, |i| similarities.positives(i).collect());
     let (total_neg, mean_neg) = mean(&similarities, |i| similarities.negatives(i).collect());
     Reference {
@@ -88,8 +90,8 @@ pub(super) fn evaluate(
 
 /// Evaluates the threshold gradient of SPEC 5 in float64.
 ///
-/// `tangent` is edot of the anchors, `[B, D]`; `reference_tangent` that of the
-/// references, `[N, D]` (zero if absent, and unused in the square form).
+/// `tangent` and `reference_tangent` as in
+/// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
 ///
 /// # Errors
 /// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another

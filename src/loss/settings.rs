@@ -58,6 +58,8 @@ impl FromStr for Mining {
 
 /// Settings of one loss evaluation (SPEC 2-4). [`Default`] is the paper's.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct LossSettings {
     /// Which pairs are kept.
     pub mining: Mining,
@@ -69,9 +71,9 @@ pub struct LossSettings {
     pub probe_ratio: f64,
     /// Factor k of the adaptation. 0 to 1; paper: 0.5.
     pub tolerance: f64,
-    /// Sharpness of the negative term. Above 0; paper: 40.
+    /// Sharpness of the negative term. Above 0, at most 10,000; paper: 40.
     pub alpha: f64,
-    /// Sharpness of the positive term. Above 0; paper: 2.
+    /// Sharpness of the positive term. Above 0, at most 10,000; paper: 2.
     pub beta: f64,
     /// Loss threshold of the positive term, a cosine similarity. -2 to 2; paper: 0.7.
     pub lambda_pos: f64,

@@ -24,6 +24,10 @@ pub struct Similarities {
 
 impl Similarities {
     /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves.
+    ///
+    /// # Panics
+    /// If dimensions differ, or later if a side has fewer labels than rows: [`reference()`](super::reference())
+    /// checks both.
     #[must_use]
     pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
         let identity = if references.is_none() { Identity::From(0) } else { Identity::ByValue };

@@ -48,6 +48,9 @@ impl PartReference {
     }
 
     /// m- of every anchor, and the number of negatives that pass the probe, given m+ of every anchor.
+    ///
+    /// # Panics
+    /// If `min_pos` is shorter than the anchors.
     #[must_use]
     pub fn sweep(&self, min_pos: &[f64]) -> (Vec<f64>, u64) {
         let max_neg = (0..self.similarities.anchors()).map(|i| self.similarities.max_neg(i)).collect();
@@ -55,6 +58,9 @@ impl PartReference {
     }
 
     /// The mined pairs of the anchors, given their m+ and m- and the totals of the batch.
+    ///
+    /// # Panics
+    /// If `min_pos` or `max_neg` is shorter than the anchors.
     #[must_use]
     pub fn select(&self, min_pos: &[f64], max_neg: &[f64], totals: PairTotals) -> Selection {
         let tolerances = adapt(&self.settings, totals);
@@ -64,6 +70,9 @@ impl PartReference {
     /// The part's share of the loss, and the gradient of its anchors, `[b, D]`: their rows of `(G + G^T) E`.
     /// G^T follows from m+ and m- of the references, and from `sizes` (positives, negatives) over all parts.
     /// References without an entry select no pairs.
+    ///
+    /// # Panics
+    /// If `selection`, or an entry of `sizes`, is not of one of the part's anchors.
     #[must_use]
     pub fn gradient(
         &self,

@@ -9,6 +9,9 @@ use super::{LossSettings, ThresholdGradient};
 
 /// `sum_ij (dG_ij/dlambda) tilt_ij` with `tilt_ij = edot_i . e_j + e_i . edot_j`, `[B, N]`:
 /// how fast each similarity moves along the tangent.
+///
+/// # Panics
+/// If `tilt` or `selection` is of a smaller batch than `similarities`.
 #[must_use]
 pub fn threshold_gradient(
     similarities: &Similarities,

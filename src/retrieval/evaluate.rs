@@ -4,7 +4,7 @@
 //! 2020): for a query with R answers (others of its class), the share of answers among its R nearest, and the
 //! mean over ranks 1 to R of the precision at each rank that holds an answer (0 at the others).
 //!
-//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the
+//! Queries are searched in blocks of bounded size, those with few answers first, so that memory beside the
 //! embeddings is O(Q): a large class makes only the lists of its own queries long.
 
 use ndarray::ArrayView1;
@@ -15,16 +15,13 @@ use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
 
-/// Most entries and queries of one turn.
-pub(super) struct Room {
+/// Most entries and queries of one block.
+pub(super) struct SearchLimits {
     /// Entries of all lists, of 8 bytes each.
     pub(super) entries: usize,
     /// Queries; their rows are copied.
     pub(super) queries: usize,
 }
-
-/// Lists of 64 MiB; 16 MiB of rows at D = 512.
-pub(super) const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
 
 /// Metrics of a test set. All figures are 0 to 1, means over the queries counted.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,7 +58,14 @@ pub fn evaluate(
     let mut totals = Totals { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
     let add = &mut |metrics: &QueryMetrics| totals.add(metrics);
     let task = SearchTask::by_value(queries, gallery);
-    evaluate_queries_within(&ROOM, backend, &task, |answers| deepest.max(answers), add, progress)?;
+    evaluate_queries_within(
+        &SearchLimits::DEFAULT,
+        backend,
+        &task,
+        |answers| deepest.max(answers),
+        add,
+        progress,
+    )?;
     Ok(totals.finish(queries.labels.len()))
 }
 
@@ -140,12 +144,19 @@ pub fn evaluate_queries(
     each: &mut dyn FnMut(&QueryMetrics),
 ) -> Result<()> {
     let deepest = deepest(&sorted(ks)?);
-    evaluate_queries_within(&ROOM, backend, task, |answers| deepest.max(answers), each, &mut |_, _| {})
+    evaluate_queries_within(
+        &SearchLimits::DEFAULT,
+        backend,
+        task,
+        |answers| deepest.max(answers),
+        each,
+        &mut |_, _| {},
+    )
 }
 
 /// As [`evaluate_queries`]; `depth` maps a query's number of answers to the length of its list.
 pub(super) fn evaluate_queries_within(
-    room: &Room,
+    limits: &SearchLimits,
     backend: &mut dyn Backend,
     task: &SearchTask<'_>,
     depth: impl Fn(usize) -> usize,
@@ -166,10 +177,10 @@ pub(super) fn evaluate_queries_within(
             .min(kept.len())
     };
     let mut work = |gallery: &mut dyn PreparedGallery| {
-        let search = |turn: &[u32], longest: usize| {
+        let search = |block: &[u32], longest: usize| {
             gallery
-                .nearest(&CopiedRows::new(queries, turn).rows(), longest)
-                .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))
+                .nearest(&CopiedRows::new(queries, block).rows(), longest)
+                .map_err(|error| with_row(error, "queries", "queries", |row| block[row]))
         };
         let mut evaluate_list = |query: u32, list: ArrayView1<'_, u32>| {
             let others = list.iter().filter(|&&index| index != Nearest::NONE);
@@ -178,7 +189,7 @@ pub(super) fn evaluate_queries_within(
             let right = others.map(|&index| kept.label(index) == label);
             each(&QueryMetrics::new(query as usize, right, answers[query as usize] as usize));
         };
-        room.search(&order, length, search, &mut evaluate_list, progress)
+        limits.search(&order, length, search, &mut evaluate_list, progress)
     };
     if order.is_empty() {
         return Ok(());
@@ -189,8 +200,11 @@ pub(super) fn evaluate_queries_within(
         .map_err(|error| with_row(error, "references", whose, |row| kept.original(row as u32)))
 }
 
-impl Room {
-    /// Searches queries in turns. Their lists are as long as `length` says, which must ascend. `each` gets
+impl SearchLimits {
+    /// Lists of 64 MiB; 16 MiB of rows at D = 512.
+    pub(super) const DEFAULT: Self = Self { entries: 1 << 23, queries: 1 << 13 };
+
+    /// Searches queries in blocks. Their lists are as long as `length` says, which must ascend. `each` gets
     /// every list, `progress` the number of queries done, and of all.
     pub(super) fn search<E>(
         &self,
@@ -203,18 +217,18 @@ impl Room {
         let mut done = 0;
         progress(done, queries.len());
         while done < queries.len() {
-            let turn = self.turn(&queries[done..], &length);
-            let nearest = search(turn, length(turn[turn.len() - 1]))?;
-            nearest.indices.outer_iter().zip(turn).for_each(|(list, &query)| each(query, list));
-            done += turn.len();
+            let block = self.block(&queries[done..], &length);
+            let nearest = search(block, length(block[block.len() - 1]))?;
+            nearest.indices.outer_iter().zip(block).for_each(|(list, &query)| each(query, list));
+            done += block.len();
             progress(done, queries.len());
         }
         Ok(())
     }
 
-    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists
+    /// The queries of the next block: as many as the limits allow, at least one. The lengths of their lists
     /// ascend.
-    fn turn<'a>(&self, queries: &'a [u32], length: impl Fn(u32) -> usize) -> &'a [u32] {
+    fn block<'a>(&self, queries: &'a [u32], length: impl Fn(u32) -> usize) -> &'a [u32] {
         let most = queries.len().min(self.queries);
         let fits = (1..=most).rev().find(|&count| count * length(queries[count - 1]) <= self.entries);
         &queries[..fits.unwrap_or(1)]
@@ -334,17 +348,17 @@ mod tests {
         (recall.iter().map(|hits| hits / count).collect(), precision / count, average / count, counted)
     }
 
-    fn check(room: &Room, queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> Metrics {
+    fn check(limits: &SearchLimits, queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> Metrics {
         let (recall, precision, average, counted) = plain(queries, gallery);
         let (mut heard, mut backend) = (Vec::new(), CpuBackend::new());
         let mut totals = Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
         let mut add = |metrics: &QueryMetrics| totals.add(metrics);
         let mut hear = |done, total| heard.push((done, total));
         let task = SearchTask::by_value(queries, gallery);
-        evaluate_queries_within(room, &mut backend, &task, |answers| answers.max(500), &mut add, &mut hear)
+        evaluate_queries_within(limits, &mut backend, &task, |answers| answers.max(500), &mut add, &mut hear)
             .unwrap();
         let got = totals.finish(queries.labels.len());
-        assert_eq!(recall_within(room, &mut backend, queries, gallery, &KS).unwrap(), got.recall);
+        assert_eq!(recall_within(limits, &mut backend, queries, gallery, &KS).unwrap(), got.recall);
         assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
         for ((k, got), want) in got.recall.at.iter().zip(recall) {
             assert!((got - want).abs() < 1e-12, "Recall@{k}: {got}, want {want}");
@@ -363,9 +377,13 @@ mod tests {
             let (rows, others) = (corners(&labels, &mut rng), corners(&other_labels, &mut rng));
             let (queries, gallery) =
                 (Rows::new(rows.view(), &labels), Rows::new(others.view(), &other_labels));
-            for room in [ROOM, Room { entries: 5000, queries: 40 }, Room { entries: 1, queries: 1 }] {
-                let alone = check(&room, &queries, None);
-                let apart = check(&room, &queries, Some(&gallery));
+            for limits in [
+                SearchLimits::DEFAULT,
+                SearchLimits { entries: 5000, queries: 40 },
+                SearchLimits { entries: 1, queries: 1 },
+            ] {
+                let alone = check(&limits, &queries, None);
+                let apart = check(&limits, &queries, Some(&gallery));
                 // Figures near chance or perfection would prove little.
                 assert!(alone.r_precision > 0.1 && alone.r_precision < 0.9, "{}", alone.r_precision);
                 assert!(apart.recall.without_match > 0 && alone.recall.without_match > 0);
@@ -403,9 +421,9 @@ mod tests {
         let labels = ragged(20, true, &mut rng);
         let rows = corners(&labels, &mut rng);
         let narrow = rows.mapv(bf16::from_f32);
-        let wide = check(&ROOM, &Rows::new(rows.view(), &labels), None);
+        let wide = check(&SearchLimits::DEFAULT, &Rows::new(rows.view(), &labels), None);
         let narrow = Rows { embeddings: Embeddings::Bf16(narrow.view()), labels: &labels };
-        assert_eq!(check(&ROOM, &narrow, None), wide);
+        assert_eq!(check(&SearchLimits::DEFAULT, &narrow, None), wide);
     }
 
     #[test]
@@ -413,7 +431,7 @@ mod tests {
         // Forty equal rows: a query need not be among its own first K + 1 neighbours.
         let rows = Array2::from_shape_fn((40, 4), |_| 0.5f32);
         let labels: Vec<i64> = (0..40).map(|row| i64::from(row >= 20)).collect();
-        check(&ROOM, &Rows::new(rows.view(), &labels), None);
+        check(&SearchLimits::DEFAULT, &Rows::new(rows.view(), &labels), None);
     }
 
     #[test]

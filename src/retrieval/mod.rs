@@ -3,7 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `recall.rs` | Recall@K, of rows in host memory and of rows that only a callback can search |
-//! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
+//! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in blocks |
 //! | `rows.rs` | the rows that take part in a search |
 //! | `k_means.rs` | k-means of unit rows |
 //! | `mutual_information.rs` | how far clusters agree with classes: NMI |

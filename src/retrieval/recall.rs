@@ -2,7 +2,7 @@
 
 use ndarray::ArrayView1;
 
-use super::evaluate::{QueryMetrics, ROOM, Room, SearchTask, answerable, evaluate_queries_within};
+use super::evaluate::{QueryMetrics, SearchLimits, SearchTask, answerable, evaluate_queries_within};
 use super::rows::{answers, kept};
 use crate::backend::{Backend, Nearest, Picked};
 use crate::loss::Rows;
@@ -34,7 +34,7 @@ impl Recall {
 /// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the
 /// values of K, each at least 1; one beyond the number of rows means a list of all rows. Rows with a negative
 /// label are neither queries nor answers, and are in no list. Memory beside the rows grows with the number of
-/// queries, whatever K: they are searched in turns.
+/// queries, whatever K: they are searched in blocks.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -44,11 +44,11 @@ pub fn recall(
     gallery: Option<&Rows<'_>>,
     ks: &[usize],
 ) -> Result<Recall> {
-    recall_within(&ROOM, backend, queries, gallery, ks)
+    recall_within(&SearchLimits::DEFAULT, backend, queries, gallery, ks)
 }
 
 pub(super) fn recall_within(
-    room: &Room,
+    limits: &SearchLimits,
     backend: &mut dyn Backend,
     queries: &Rows<'_>,
     gallery: Option<&Rows<'_>>,
@@ -59,7 +59,7 @@ pub(super) fn recall_within(
     let mut hits = Hits::new(ks);
     let task = SearchTask::by_value(queries, gallery);
     let add = &mut |metrics: &QueryMetrics| hits.add(metrics.first);
-    evaluate_queries_within(room, backend, &task, |_| deepest, add, &mut |_, _| {})?;
+    evaluate_queries_within(limits, backend, &task, |_| deepest, add, &mut |_, _| {})?;
     Ok(hits.finish(queries.labels.len()))
 }
 
@@ -78,7 +78,7 @@ pub fn recall_by<E: From<Error>>(
     // One more than the largest K: a query is found among the others, and skipped.
     let longest = deepest(&ks).saturating_add(1).min(kept.as_ref().map_or(labels.len(), Vec::len));
     let mut hits = Hits::new(ks);
-    let search = |turn: &[u32], k| search(&Picked { queries: turn, gallery: kept.as_deref() }, k);
+    let search = |block: &[u32], k| search(&Picked { queries: block, gallery: kept.as_deref() }, k);
     let original = |row: u32| kept.as_ref().map_or(row, |kept| kept[row as usize]);
     let mut add = |query: u32, list: ArrayView1<'_, u32>| {
         let found = list.iter().filter(|&&row| row != Nearest::NONE).map(|&row| original(row));
@@ -86,9 +86,9 @@ pub fn recall_by<E: From<Error>>(
         hits.add(others.position(|row| labels[row as usize] == labels[query as usize]));
     };
     let queries = answerable(&answers(labels, None));
-    // No rows are copied, so a turn may have any number of queries.
-    let room = Room { queries: usize::MAX, ..ROOM };
-    room.search(&queries, |_| longest, search, &mut add, &mut |_, _| {})?;
+    // No rows are copied, so a block may have any number of queries.
+    let limits = SearchLimits { queries: usize::MAX, ..SearchLimits::DEFAULT };
+    limits.search(&queries, |_| longest, search, &mut add, &mut |_, _| {})?;
     Ok(hits.finish(labels.len()))
 }
 

@@ -2,11 +2,8 @@
 
 use std::collections::HashMap;
 
-use half::{bf16, f16};
-use ndarray::{Array2, Axis};
-
 use crate::Error;
-use crate::loss::{Embeddings, Rows};
+use crate::loss::{OwnedEmbeddings, Rows};
 
 /// Number of answers of each query, 0 if it is ignored, by the labels of the queries and of the gallery.
 pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
@@ -76,33 +73,20 @@ pub(super) fn with_row(error: Error, rows: &str, whose: &'static str, place: imp
 
 /// Copies of some rows, in an order of their own.
 pub(super) struct CopiedRows {
-    values: Values,
+    values: OwnedEmbeddings,
     labels: Vec<i64>,
-}
-
-enum Values {
-    F32(Array2<f32>),
-    F16(Array2<f16>),
-    Bf16(Array2<bf16>),
 }
 
 impl CopiedRows {
     pub(super) fn new(rows: &Rows<'_>, wanted: &[u32]) -> Self {
         let wanted: Vec<usize> = wanted.iter().map(|&row| row as usize).collect();
-        let values = match &rows.embeddings {
-            Embeddings::F32(m) => Values::F32(m.select(Axis(0), &wanted)),
-            Embeddings::F16(m) => Values::F16(m.select(Axis(0), &wanted)),
-            Embeddings::Bf16(m) => Values::Bf16(m.select(Axis(0), &wanted)),
-        };
-        Self { values, labels: wanted.iter().map(|&row| rows.labels[row]).collect() }
+        Self {
+            values: rows.embeddings.select(&wanted),
+            labels: wanted.iter().map(|&row| rows.labels[row]).collect(),
+        }
     }
 
     pub(super) fn rows(&self) -> Rows<'_> {
-        let embeddings = match &self.values {
-            Values::F32(m) => Embeddings::F32(m.view()),
-            Values::F16(m) => Embeddings::F16(m.view()),
-            Values::Bf16(m) => Embeddings::Bf16(m.view()),
-        };
-        Rows { embeddings, labels: &self.labels }
+        Rows { embeddings: self.values.view(), labels: &self.labels }
     }
 }

@@ -333,6 +333,10 @@ impl Backend for Abi {
         Ok(())
     }
 
+    fn normalized_loss(&mut self, _: &Batch<'_>, _: &LossSettings, _: &mut LossOutput) -> Result<()> {
+        Err(Error::Unavailable("the C ABI takes unit rows only".into()))
+    }
+
     fn same_class(
         &mut self,
         part: &Batch<'_>,

@@ -47,6 +47,22 @@ fn a_loss_that_is_issued_writes_what_the_loss_answers() {
         assert_eq!((scalars.bad_anchor, scalars.bad_reference), (DDTAS_ABSENT, DDTAS_ABSENT));
         let off = &gradient.read() - &want.gradient;
         assert!(off.iter().all(|x| x.abs() < 1e-6), "{off}");
+        // Thresholds in the caller's memory may be gone by now.
+        let tangents = Tangents {
+            struct_size: size_of::<Tangents>(),
+            anchors: gradient.pointer(),
+            anchor_stride: 0,
+            references: null(),
+            reference_stride: 0,
+        };
+        let mut sums = [0f64; 2];
+        let [pos, neg] = &mut sums;
+        let status = unsafe {
+            let (anchors, tangents) = (&raw const laid.rows, &raw const tangents);
+            ddtas_threshold_gradient(abi.handle.0, anchors, null(), tangents, &raw mut *pos, &raw mut *neg)
+        };
+        assert_eq!(status, if lambda.is_null() { Status::Ok } else { Status::OutOfOrder });
+        assert_eq!(sums != [0.0; 2], lambda.is_null());
     }
     let host = Abi { memory: Memory::Host, ..abi.clone() };
     let laid = host.lay(&batch.anchors);

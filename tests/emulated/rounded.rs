@@ -2,7 +2,7 @@
 
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
-use ddtas::loss::{ElementType, LossOutput};
+use ddtas::loss::{ElementType, LossOutput, OwnedEmbeddings};
 use ddtas_cases::{self as cases, Case, parts};
 use ndarray::Array2;
 
@@ -57,7 +57,7 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
         let case = to_round.expect("the case is in the table");
         let with = |rows: &dyn Fn(&cases::Side) -> Array2<f32>, dtype: ElementType| {
             let side = |side: &cases::Side| cases::Side {
-                rows: cases::Matrix::new(&rows(side), dtype),
+                rows: OwnedEmbeddings::new(&rows(side), dtype),
                 ..side.clone()
             };
             let references = case.references.as_ref().map(side);

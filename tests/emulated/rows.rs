@@ -3,7 +3,9 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
+use ddtas::loss::{
+    Batch, ElementType, LossOutput, LossSettings, Mining, OwnedEmbeddings, Rows, UnitCheck, reference,
+};
 use ddtas_cases as cases;
 use ndarray::Array2;
 
@@ -18,12 +20,12 @@ fn rows_of_any_length_agree_with_the_cpu() {
             let case = cases::generated_case(name, dtype);
             // Lengths of 1 to 4 times `scale`: the squares of 1e28 overflow f32. f16 cannot hold 1e28.
             let scale = if dtype == ElementType::F16 { scale.min(3.0) } else { scale };
-            let stretched = |rows: &cases::Matrix| {
+            let stretched = |rows: &OwnedEmbeddings| {
                 let mut wide = rows.view().to_f64().mapv(|value| value as f32);
                 for (i, mut row) in wide.outer_iter_mut().enumerate() {
                     row *= scale * (1 + i % 4) as f32;
                 }
-                cases::Matrix::new(&wide, dtype)
+                OwnedEmbeddings::new(&wide, dtype)
             };
             let anchors = stretched(&case.anchors.rows);
             let references = case.references.as_ref().map(|side| stretched(&side.rows));

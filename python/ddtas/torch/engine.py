@@ -63,17 +63,6 @@ class Engine:
         return Engine, (self.threads, self.budget, self.allow_tf32)
 
 
-class GpuSearch:
-    """Replaces a `Context` in `ddtas.evaluate`: searches on the GPU of `rows`, and clusters on the CPU."""
-
-    def __init__(self, engine: Engine, rows: Tensor) -> None:
-        self.gpu, stream = engine.on_gpu(rows)
-        self.place, self.nmi = (rows.device.index, stream), engine.host.nmi
-
-    def query_metrics(self, *given: Any) -> Any:
-        return self.gpu.query_metrics(self.place, *given)
-
-
 SHARED = Engine()
 """The engine of calls without a module, and of exported programs, which do not keep their module."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
 from functools import partial
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import warn
 from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
@@ -18,7 +17,9 @@ from .parts import loss_of_ranks
 from .ranks import RaiseOnAllRanks, Ranks, Scale, uncompiled
 
 Check = bool | Literal["wait"]
-_TOTAL_POS, _TOTAL_NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
+_MEAN_POS, _MEAN_NEG, _TOTAL_POS, _TOTAL_NEG, _IGNORED, _NOT_FINITE = map(
+    STATISTICS.index, ("mean_pos", "mean_neg", "total_pos", "total_neg", "ignored", "not_finite")
+)
 
 
 def _setting(name: str) -> Any:
@@ -243,7 +244,7 @@ class SoftContrastiveLoss(nn.Module):
             last = self._engine.last
             if isinstance(last, list):
                 # Skips `_warn` for most batches, by cheaper conditions.
-                if last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE):
+                if last[_IGNORED] or last[_NOT_FINITE] or not (last[_MEAN_POS] < NEARLY_ONE or last[_MEAN_NEG] < NEARLY_ONE):
                     self._warn(last)
                 # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
                 if references is None and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
@@ -275,7 +276,7 @@ class SoftContrastiveLoss(nn.Module):
 
     def _warn(self, last: list[float]) -> None:
         """Warns once each of ignored rows, rows that are not finite, and a collapse."""
-        ignored, not_finite, spread = last[-2], last[-1], _spread(last)
+        ignored, not_finite, spread = last[_IGNORED], last[_NOT_FINITE], _spread(last)
         if ignored:
             self._warn_once("ignored", f"rows with a negative label: {ignored:.0f}; they take part in no pair")
         if not_finite:
@@ -304,7 +305,7 @@ class SoftContrastiveLoss(nn.Module):
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            _warn(message)
+            warn(message)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
@@ -338,12 +339,5 @@ def _number(value: float | Tensor) -> float:
 
 def _spread(last: list[float]) -> float:
     # A batch may lack positives or negatives, whose mean is then NaN: min() must not get it.
-    return 1 - min((mean for mean in last[3:5] if mean == mean), default=float("nan"))
-
-
-def _warn(message: str) -> None:
-    """Warns with the line of the first caller outside torch and this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ddtas"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    means = last[_MEAN_POS], last[_MEAN_NEG]
+    return 1 - min((mean for mean in means if mean == mean), default=float("nan"))

@@ -20,6 +20,10 @@ STATISTICS = (
 )  # fmt: skip
 """Names of the statistics on the CPU. On a GPU the tensor, of the same size, holds a `LossScalars` (kernels/params.h) instead."""
 
+_DLOSS_DLAMBDA_POS = STATISTICS.index("dloss_dlambda_pos")
+DLOSS_DLAMBDA = slice(_DLOSS_DLAMBDA_POS, _DLOSS_DLAMBDA_POS + 2)
+"""Places of the derivatives by lambda_pos and lambda_neg."""
+
 UNCHECKED, CHECKED, CHECK_AND_WAIT = 0, 1, 2
 """Values of `check`: whether rows are checked, and whether a call on a GPU waits for the result of the check."""
 
@@ -327,7 +331,8 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
                 result = result.to(given.dtype)
         else:
             # dL/dlambda is a scalar; the threshold may have any shape of one element.
-            result = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
+            derivative = statistics[_DLOSS_DLAMBDA_POS + place - 2] * upstream
+            result = derivative.to(dtype=given.dtype, device=given.device).reshape(given.shape)
         gradients[place] = _OnceDifferentiable.apply(result, *inputs) if create_graph else result
     return gradients
 

@@ -16,7 +16,7 @@ from .. import _ddtas
 from ..part import Part
 from ..settings import Mining, Settings
 from .engine import Engine, count_labels, engine_of, laid_out, normalize_rows
-from .operator import STATISTICS, TYPES, UNCHECKED, Call, Outputs
+from .operator import DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
 from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Ranks
 
@@ -57,7 +57,7 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     engine.last = statistics.tolist()
     if ranks.gradient == "sum":
         # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole.
-        statistics[1:3] = shares[ranks.rank, 1:3]
+        statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
     return torch.tensor(engine.last[0], dtype=torch.float32), gradient, torch.empty(0), statistics
 
 
@@ -95,7 +95,7 @@ def loss_of_gathered_rows(ranks: Ranks, exchange: BatchExchange, call: Call) -> 
     if ranks.gradient == "sum":
         # A copy, since `Engine.read_statistics` reads the original later.
         statistics = statistics.clone()
-        statistics[1:3] /= ranks.size
+        statistics[DLOSS_DLAMBDA] /= ranks.size
     return loss, gradient[exchange.own] * ranks.scale, empty, statistics
 
 

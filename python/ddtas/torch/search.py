@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import evaluation, functional
 from ..settings import Settings
-from .engine import SHARED, GpuSearch, check_labels, check_pair, check_tensor, laid_out, normalize_rows
+from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, normalize_rows
 from .operator import which_are_unit
 
 
@@ -60,24 +60,22 @@ def evaluate(
     check_labels("labels of the queries", labels)
     if gallery_labels is not None:
         check_labels("labels of the references", gallery_labels)
-    context: Any = GpuSearch(SHARED, rows) if rows.is_cuda else None
     other_labels = None if gallery_labels is None else laid_out(gallery_labels.cpu())
     if isinstance(identity, Tensor):
         check_labels("identity", identity)
         if identity.shape != rows.shape[:1]:
             raise ValueError(f"the identity must be [{rows.shape[0]}], not {list(identity.shape)}")
         identity = identity.cpu()
-    return evaluation.evaluate(
-        laid_out(rows.cpu()),
-        laid_out(labels.cpu()),
-        others,
-        other_labels,
-        ks,
-        identity=identity,
-        nmi=nmi,
-        seed=seed,
-        context=context,
-    )
+    queries, labels, depths = laid_out(rows.cpu()), laid_out(labels.cpu()), functional.depths_of(ks)
+    given: Any = (queries, labels, others, other_labels, identity, depths)
+    context = functional.context_of(None)
+    if rows.is_cuda:
+        gpu, stream = SHARED.on_gpu(rows)
+        found = gpu.query_metrics((rows.device.index, stream), *given)
+    else:
+        found = context.query_metrics(*given)
+    information = context.nmi(queries, labels, seed) if nmi else None
+    return evaluation.evaluation_of(found, depths, information)
 
 
 def threshold_gradient(

@@ -61,7 +61,7 @@ use tasks::{Workers, lock};
 use tile::TileScratch;
 use tiles::Tiles;
 use unit::UnitRows;
-use walk::Answer;
+use walk::TaskSums;
 
 pub use times::PassTimes;
 
@@ -80,7 +80,7 @@ pub struct CpuBackend {
     statistics: Statistics,
     weights: Weights,
     scratch: Vec<Mutex<Scratch>>,
-    answers: Vec<Mutex<Answer>>,
+    task_sums: Vec<Mutex<TaskSums>>,
     unit: UnitRows,
     remembered: Option<Remembered>,
     times: PassTimes,
@@ -123,38 +123,14 @@ impl CpuBackend {
             statistics: Statistics::default(),
             weights: Weights::default(),
             scratch: Vec::new(),
-            answers: Vec::new(),
+            task_sums: Vec::new(),
             unit: UnitRows::default(),
             remembered: None,
             times: PassTimes::default(),
         }
     }
 
-    /// [`Backend::loss`] of rows of any length but 0: rows are scaled to unit length, and the gradients are
-    /// with respect to the rows as given. No [`Backend::threshold_gradient`] can follow.
-    ///
-    /// # Errors
-    /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
-    pub fn normalized_loss(
-        &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.remembered = None;
-        settings.validate()?;
-        batch.validate()?;
-        let (mut rows, level) = (std::mem::take(&mut self.unit), self.level);
-        let done = workers_for(batch).stay(|workers| {
-            rows.set(batch, level, workers)?;
-            self.make_all_steps(&rows.batch(batch)?, settings, workers, output)?;
-            rows.normalize_backward(batch, level, workers, output)
-        });
-        self.unit = rows;
-        done
-    }
-
-    /// Scales rows to unit length as [`normalized_loss`](Self::normalized_loss) does, for batches in parts.
+    /// Scales rows to unit length as [`Backend::normalized_loss`] does, for batches in parts.
     /// Rows of zeros, and rows that are not finite, are not refused here but by the check of the loss.
     ///
     /// # Errors
@@ -224,6 +200,25 @@ impl Backend for CpuBackend {
         workers_for(batch).stay(|workers| self.make_all_steps(batch, settings, workers, output))?;
         self.remembered = Some(Remembered::new(batch, settings, Step::Gradient));
         Ok(())
+    }
+
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.remembered = None;
+        settings.validate()?;
+        batch.validate()?;
+        let (mut rows, level) = (std::mem::take(&mut self.unit), self.level);
+        let done = workers_for(batch).stay(|workers| {
+            rows.set(batch, level, workers)?;
+            self.make_all_steps(&rows.batch(batch)?, settings, workers, output)?;
+            rows.normalize_backward(batch, level, workers, output)
+        });
+        self.unit = rows;
+        done
     }
 
     fn same_class(
@@ -315,7 +310,7 @@ impl Backend for CpuBackend {
             + self.statistics.bytes()
             + self.weights.bytes()
             + self.scratch.iter().map(scratch).sum::<usize>()
-            + self.answers.capacity() * size_of::<Mutex<Answer>>()
+            + self.task_sums.capacity() * size_of::<Mutex<TaskSums>>()
             + self.unit.bytes()
     }
 }

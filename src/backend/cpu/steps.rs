@@ -159,8 +159,13 @@ impl CpuBackend {
         output.active = self.weights.set_factors(&self.statistics, batch.total());
         let known = Known { pairs, statistics: &self.statistics, weights: &self.weights };
         self.tiles.weigh(&known, &workers, &self.scratch);
-        let mut walk =
-            Walk { known, tiles: &self.tiles, workers, scratch: &self.scratch, answers: &mut self.answers };
+        let mut walk = Walk {
+            known,
+            tiles: &self.tiles,
+            workers,
+            scratch: &self.scratch,
+            task_sums: &mut self.task_sums,
+        };
         let anchors = batch.anchors.labels.len();
         let Totals { softplus, sigmoid } =
             write_gradient(&mut walk, Owner::Rows, &mut output.gradient, anchors);
@@ -206,7 +211,7 @@ impl CpuBackend {
             tiles: &self.tiles,
             workers,
             scratch: &self.scratch,
-            answers: &mut self.answers,
+            task_sums: &mut self.task_sums,
         };
         Ok(threshold::threshold_gradient(&mut walk, tangent, reference_tangent))
     }

@@ -1,7 +1,7 @@
 //! Work shared out among threads: tasks by number, taken in order, results by task.
 //!
 //! A loss at 80 rows takes some 100 us in five passes, too little to wake the pool's threads for each: a
-//! [`Crew`] enters the pool once a call, and its threads wait awake for the next pass. Compared with a
+//! [`Team`] enters the pool once a call, and its threads wait awake for the next pass. Compared with a
 //! `rayon::scope` per pass this takes 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of the
 //! median) and the same time from 1,280 rows on: benches/records/2026-11-27-cpu-threads.
 
@@ -15,7 +15,7 @@ use crate::threads;
 pub struct Workers<'a> {
     threads: usize,
     /// Threads that stay awake between passes; `None`: each pass calls its own.
-    crew: Option<&'a Crew>,
+    team: Option<&'a Team>,
 }
 
 impl Workers<'static> {
@@ -24,7 +24,7 @@ impl Workers<'static> {
         let worth = operations / 1_000_000 + 1;
         // Work for one thread starts no pool.
         let threads = if worth == 1 { 1 } else { threads::available().min(worth) };
-        Self { threads, crew: None }
+        Self { threads, team: None }
     }
 }
 
@@ -34,21 +34,21 @@ impl Workers<'_> {
     }
 
     /// Runs `body` with threads that stay for all its passes. `body` must not use the pool otherwise: a pool
-    /// thread that waits there could pick up the crew's task, which ends only after `body`.
+    /// thread that waits there could pick up the team's task, which ends only after `body`.
     pub fn stay<R>(self, body: impl FnOnce(Workers<'_>) -> R) -> R {
-        if self.threads <= 1 || self.crew.is_some() {
-            return body(Workers { threads: self.threads, crew: self.crew });
+        if self.threads <= 1 || self.team.is_some() {
+            return body(Workers { threads: self.threads, team: self.team });
         }
-        let crew = Crew::default();
+        let team = Team::default();
         threads::scope(|scope| {
-            let Some(scope) = scope else { return body(Workers { threads: 1, crew: None }) };
+            let Some(scope) = scope else { return body(Workers { threads: 1, team: None }) };
             for worker in 1..self.threads {
-                let crew = &crew;
-                scope.spawn(move |_| crew.help(worker));
+                let team = &team;
+                scope.spawn(move |_| team.help(worker));
             }
-            // Ends the crew whether `body` returns or panics; otherwise the scope would never end.
-            let _end = AtEnd(|| crew.over.store(true, Ordering::Release));
-            body(Workers { threads: self.threads, crew: Some(&crew) })
+            // Ends the team whether `body` returns or panics; otherwise the scope would never end.
+            let _end = AtEnd(|| team.over.store(true, Ordering::Release));
+            body(Workers { threads: self.threads, team: Some(&team) })
         })
     }
 
@@ -93,20 +93,20 @@ impl Workers<'_> {
 
     /// Runs `job` on the caller's thread and, for more than one task, on the other threads.
     fn run(self, tasks: usize, job: &(dyn Fn(usize) + Sync)) {
-        match self.crew {
+        match self.team {
             _ if self.threads <= 1 || tasks <= 1 => job(0),
-            Some(crew) => crew.run(job),
+            Some(team) => team.run(job),
             None => self.stay(|workers| workers.run(tasks, job)),
         }
     }
 }
 
-/// A job, called with the worker's number. It may be used only while [`Crew::run`] runs.
+/// A job, called with the worker's number. It may be used only while [`Team::run`] runs.
 type Job = &'static (dyn Fn(usize) + Sync);
 
 /// Threads that wait awake for jobs.
 #[derive(Default)]
-struct Crew {
+struct Team {
     /// Jobs announced so far.
     announced: AtomicUsize,
     /// The current job. A thread that takes it is counted in `busy` before it releases the lock.
@@ -115,14 +115,14 @@ struct Crew {
     over: AtomicBool,
 }
 
-impl std::fmt::Debug for Crew {
+impl std::fmt::Debug for Team {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Crew").field("announced", &self.announced).field("busy", &self.busy).finish()
+        f.debug_struct("Team").field("announced", &self.announced).field("busy", &self.busy).finish()
     }
 }
 
-impl Crew {
-    /// Runs a job on the caller's thread and on those of the crew that are free, until all have left it.
+impl Team {
+    /// Runs a job on the caller's thread and on those of the team that are free, until all have left it.
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears
         // that and then waits until no thread that took it is busy, before this function returns or unwinds.
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn every_task_runs_once_whether_the_threads_stay_or_not() {
         for threads in [1, 2, 3, 9] {
-            let workers = Workers { threads, crew: None };
+            let workers = Workers { threads, team: None };
             passes(workers);
             workers.stay(passes);
         }
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_reaches_the_caller() {
-        let workers = Workers { threads: 3, crew: None };
+        let workers = Workers { threads: 3, team: None };
         for bad in 0..8 {
             let tasks = AssertUnwindSafe(|| {
                 workers.stay(|workers| {

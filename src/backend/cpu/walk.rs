@@ -26,12 +26,12 @@ pub struct Walk<'a> {
     pub tiles: &'a Tiles,
     pub workers: Workers<'a>,
     pub scratch: &'a [Mutex<Scratch>],
-    pub answers: &'a mut Vec<Mutex<Answer>>,
+    pub task_sums: &'a mut Vec<Mutex<TaskSums>>,
 }
 
 /// Sums of one task of a walk, or of the whole walk.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Answer {
+pub struct TaskSums {
     /// Sum of the values that `finish` returned.
     pub sum: f64,
     /// Sums over the pairs, each counted once.
@@ -60,10 +60,10 @@ impl Walk<'_> {
         kind: Kind,
         parts: usize,
         finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
-    ) -> Answer {
+    ) -> TaskSums {
         let tasks = self.known.pairs.side(owner).order.blocks.len() * parts;
-        self.answers.resize_with(tasks, Mutex::default);
-        let Self { known, tiles, workers, scratch, answers } = &*self;
+        self.task_sums.resize_with(tasks, Mutex::default);
+        let Self { known, tiles, workers, scratch, task_sums } = &*self;
         let (side, pairs) = (self.known.pairs.side(owner), known.pairs);
         let groups = side.dim.div_ceil(GROUP);
         let size = groups.div_ceil(parts).next_multiple_of(TASK_DIMENSIONS / GROUP);
@@ -73,7 +73,7 @@ impl Walk<'_> {
             let part = Dimensions { first, end: (first + size).min(groups) };
             let rows = side.order.blocks[block];
             scratch.gradient.begin(rows.rows, part);
-            let mut answer = Answer::default();
+            let mut sums = TaskSums::default();
             tiles.each_of(&pairs, owner, block, |index, owner_rows, owner_columns| {
                 let tile = tiles.position(index);
                 if kind == Kind::LambdaPos && !pairs.has_positives(tile.0, tile.1) {
@@ -84,7 +84,7 @@ impl Walk<'_> {
                     let selected = weighed.pairs;
                     // In the square form a tile is visited for its rows and its columns; count it once.
                     if part.first == 0 && (owner_columns || !pairs.square) {
-                        answer.totals.add(&weighed.totals);
+                        sums.totals.add(&weighed.totals);
                     }
                     pairs.level.dispatch(AddTile {
                         pairs,
@@ -100,15 +100,15 @@ impl Walk<'_> {
             });
             for r in 0..rows.rows {
                 let sum = scratch.gradient.sum(r, part, side.dim);
-                answer.sum += finish(rows.start + r, part.first * GROUP, sum);
+                sums.sum += finish(rows.start + r, part.first * GROUP, sum);
             }
-            *lock(&answers[task]) = answer;
+            *lock(&task_sums[task]) = sums;
         });
-        let mut all = Answer::default();
-        for answer in &*self.answers {
-            let answer = lock(answer);
-            all.sum += answer.sum;
-            all.totals.add(&answer.totals);
+        let mut all = TaskSums::default();
+        for sums in &*self.task_sums {
+            let sums = lock(sums);
+            all.sum += sums.sum;
+            all.totals.add(&sums.totals);
         }
         all
     }
@@ -134,11 +134,11 @@ pub fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f
         .map(|&row| Mutex::new(slots.get_mut(row as usize).and_then(Option::take)))
         .collect();
     let parts = walk.parts(owner);
-    let answer = walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
+    let sums = walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
         if let Some(row) = lock(&slots[position]).as_mut() {
             row[first..first + sum.len()].copy_from_slice(sum);
         }
         0.0
     });
-    answer.totals
+    sums.totals
 }

@@ -4,10 +4,9 @@ use bytemuck::cast_slice;
 use ndarray::{Array2, ArrayView2};
 
 use super::layout::Remembered;
-use super::loss::same_type;
 use super::passes::Passes;
 use super::shape::Shape;
-use super::steps::{Which, download_counters, upload_numbers};
+use super::steps::{NumberKind, download_counters, upload_numbers};
 use super::transfer::{download_gradients, download_list, download_scalars, upload};
 use super::workspace::Workspace;
 use super::{Device, Precision};
@@ -96,7 +95,19 @@ impl<D: Device> Backend for DeviceBackend<D> {
     }
 
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
-        self.run_loss(batch, settings, output)
+        self.run_loss(self.shape(batch), batch, settings, output)
+    }
+
+    fn normalized_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let shape = Shape { normalize: true, ..self.shape(batch) };
+        let done = self.run_loss(shape, batch, settings, output);
+        self.remembered = None;
+        done
     }
 
     fn same_class(
@@ -108,7 +119,6 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let last = self.remembered.take();
         settings.validate()?;
         part.validate()?;
-        same_type(part)?;
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
         let labels = Remembered::keep_labels(last, part);
@@ -150,9 +160,9 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let (buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [min_pos.anchors, &[]], [min_pos.references, &[]])?;
         let mut passes = Passes::new(&mut *device, buffer, &loss);
-        passes.take(Which::MinPos, given)?;
+        passes.take(NumberKind::MinPos, given)?;
         passes.sweep()?;
-        passes.report(Which::MaxNeg)?;
+        passes.report(NumberKind::MaxNeg)?;
         output.probe_neg = download_counters(device, buffer, &loss)?.probe_neg;
         download_list(device, buffer, loss.layout.max_neg_out, loss.shape.anchors, &mut output.max_neg)?;
         self.remembered = Some(loss);
@@ -185,9 +195,9 @@ impl<D: Device> Backend for DeviceBackend<D> {
             cast_slice(&[totals.probe_neg, totals.total_pos]),
         )?;
         let mut passes = Passes::new(&mut *device, buffer, &loss);
-        passes.take(Which::MaxNeg, given)?;
+        passes.take(NumberKind::MaxNeg, given)?;
         passes.select()?;
-        passes.report(Which::Counts)?;
+        passes.report(NumberKind::Counts)?;
         download_list(device, buffer, loss.layout.count_pos, loss.shape.anchors, &mut output.count_pos)?;
         download_list(device, buffer, loss.layout.count_neg, loss.shape.anchors, &mut output.count_neg)?;
         self.remembered = Some(loss);
@@ -219,10 +229,10 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let given =
             upload_numbers(device, buffer, &loss, anchors, [count_pos.references, count_neg.references])?;
         let mut passes = Passes::new(&mut *device, buffer, &loss);
-        passes.take(Which::Counts, given)?;
+        passes.take(NumberKind::Counts, given)?;
         let (anchors, references) = (loss.layout.anchors, loss.layout.references);
         passes.weigh(passes.scalars(), true)?;
-        passes.gradients([anchors, references].map(|side| side.ends(passes.base).gradient))?;
+        passes.gradients([anchors, references].map(|side| side.addresses(passes.base).gradient))?;
         download_scalars(device, buffer, &loss, part.anchors.embeddings.norm_tolerance(), output)?;
         download_gradients(device, buffer, &loss, output)?;
         self.remembered = Some(loss);

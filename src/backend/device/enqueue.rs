@@ -8,7 +8,7 @@ use super::layout::{Remembered, ResidentOutput};
 use super::passes::Passes;
 use super::resident::{ResidentBatch, aligned};
 use super::shape::{Shape, more_scale, sum_scale};
-use super::steps::{Given, Which};
+use super::steps::{Given, NumberKind};
 use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
@@ -49,7 +49,8 @@ pub struct ResidentSettings {
     /// The settings.
     pub settings: LossSettings,
     /// Device address of lambda_pos and lambda_neg, two f64 that replace those of `settings`; or 0. The
-    /// kernels read them unchecked; they must be within -2 to 2.
+    /// kernels read them unchecked; they must be within -2 to 2. No threshold_gradient can follow: it would
+    /// read them again, when the caller may have freed them.
     pub lambda: u64,
 }
 
@@ -168,7 +169,7 @@ impl<D: Device> DeviceBackend<D> {
         self.issue(loss, |passes| {
             passes.order(&part.input())?;
             passes.same_class()?;
-            passes.report_to(Which::MinPos, [min_pos; 2], 0)
+            passes.report_to(NumberKind::MinPos, [min_pos; 2], 0)
         })
     }
 
@@ -180,8 +181,8 @@ impl<D: Device> DeviceBackend<D> {
     /// [`enqueue_loss`](Self::enqueue_loss).
     ///
     /// # Safety
-    /// As [`enqueue_loss`](Self::enqueue_loss), and rows, labels and identity must be those of the first
-    /// step.
+    /// As [`enqueue_loss`](Self::enqueue_loss), for the thresholds of the first step too; and rows, labels
+    /// and identity must be those of that step.
     pub unsafe fn enqueue_sweep(
         &mut self,
         part: &ResidentPart,
@@ -194,9 +195,9 @@ impl<D: Device> DeviceBackend<D> {
         let loss = self.go_on_resident(part, Step::Sweep)?;
         let given = given(part, [min_pos; 2], 0)?;
         self.issue(loss, |passes| {
-            passes.take(Which::MinPos, given)?;
+            passes.take(NumberKind::MinPos, given)?;
             passes.sweep()?;
-            passes.report_to(Which::MaxNeg, [max_neg; 2], totals)
+            passes.report_to(NumberKind::MaxNeg, [max_neg; 2], totals)
         })
     }
 
@@ -220,9 +221,9 @@ impl<D: Device> DeviceBackend<D> {
         let loss = self.go_on_resident(part, Step::Select)?;
         let given = given(part, [max_neg; 2], totals)?;
         self.issue(loss, |passes| {
-            passes.take(Which::MaxNeg, given)?;
+            passes.take(NumberKind::MaxNeg, given)?;
             passes.select()?;
-            passes.report_to(Which::Counts, counts, 0)
+            passes.report_to(NumberKind::Counts, counts, 0)
         })
     }
 
@@ -243,9 +244,9 @@ impl<D: Device> DeviceBackend<D> {
         aligned("scalars", scalars, 8)?;
         let loss = self.go_on_resident(part, Step::Gradient)?;
         let given = given(part, counts, 0)?;
-        let targets = part.input().ends.map(|end| end.gradient);
+        let targets = part.input().addresses.map(|side| side.gradient);
         self.issue(loss, |passes| {
-            passes.take(Which::Counts, given)?;
+            passes.take(NumberKind::Counts, given)?;
             passes.weigh(ResidentOutput { scalars, loss: 0 }, true)?;
             passes.gradients(targets)
         })

@@ -32,8 +32,11 @@ impl<D: Device> Launcher<'_, D> {
         let gpu = self.device.properties();
         let kernel = variant(kernel, gpu);
         let plan = change(LaunchPlan::new(kernel, &self.shape, of_references, gpu));
-        // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
-        // a buffer that lives in the backend; tests/emulated runs every kernel with the gaps watched.
+        // SAFETY: `params` is built in this folder. Its addresses are regions of a layout for this very shape,
+        // laid over a buffer that lives in the backend; or the caller's (rows, labels, gradients, tangents,
+        // identity, thresholds, scalars, a step's numbers), which whoever calls the unsafe functions on device
+        // memory vouches for. No such address is kept for a later safe call: see `sum_threshold` and `go_on`.
+        // tests/emulated runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }
     }
 }

@@ -47,16 +47,20 @@ pub(super) struct SideRegions {
 
 /// Addresses of one side's input and gradient, in the workspace or in the caller's memory.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ends {
+pub(super) struct SideAddresses {
     pub(super) rows: u64,
     pub(super) labels: u64,
     pub(super) gradient: u64,
 }
 
 impl SideRegions {
-    pub(super) fn ends(&self, base: u64) -> Ends {
+    pub(super) fn addresses(&self, base: u64) -> SideAddresses {
         let address = |region: Region| base + region.offset as u64;
-        Ends { rows: address(self.input), labels: address(self.labels), gradient: address(self.gradient) }
+        SideAddresses {
+            rows: address(self.input),
+            labels: address(self.labels),
+            gradient: address(self.gradient),
+        }
     }
 }
 

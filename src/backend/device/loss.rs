@@ -5,8 +5,8 @@ use super::passes::Passes;
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
+use crate::Result;
 use crate::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
-use crate::{Error, Result};
 
 impl<D: Device> DeviceBackend<D> {
     /// Bytes of the workspace of a loss on `batch`: a function of B, N, D, the type and the budget.
@@ -29,33 +29,6 @@ impl<D: Device> DeviceBackend<D> {
 
     pub(super) fn run_loss(
         &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.run_loss_of(self.shape(batch), batch, settings, output)
-    }
-
-    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
-    /// unit length, and the gradients are with respect to the rows as given. No
-    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) can follow.
-    ///
-    /// # Errors
-    /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
-    pub fn normalized_loss(
-        &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        let shape = Shape { normalize: true, ..self.shape(batch) };
-        let done = self.run_loss_of(shape, batch, settings, output);
-        self.remembered = None;
-        done
-    }
-
-    fn run_loss_of(
-        &mut self,
         shape: Shape,
         batch: &Batch<'_>,
         settings: &LossSettings,
@@ -64,7 +37,6 @@ impl<D: Device> DeviceBackend<D> {
         let last = self.remembered.take();
         settings.validate()?;
         batch.validate()?;
-        same_type(batch)?;
         shape.check()?;
         let labels = Remembered::keep_labels(last, batch);
         let loss = Remembered { labels, ..self.begin(shape, settings, false) };
@@ -92,17 +64,4 @@ impl<D: Device> DeviceBackend<D> {
             labels: None,
         }
     }
-}
-
-/// Refuses sides of different types.
-pub(super) fn same_type(batch: &Batch<'_>) -> Result<()> {
-    let Some(references) = &batch.references else { return Ok(()) };
-    if batch.anchors.embeddings.element_type() == references.embeddings.element_type() {
-        return Ok(());
-    }
-    Err(Error::InvalidSetting {
-        name: "references",
-        value: "another type than the anchors".into(),
-        range: "both f32, both f16 or both bf16",
-    })
 }

@@ -75,7 +75,7 @@ impl<D: Device> Passes<'_, D> {
     /// Sorts both sides into class order, prepares their rows and finds class ranges.
     pub(super) fn order(&mut self, input: &Input) -> Result<()> {
         let Remembered { shape, layout, .. } = self.loss;
-        let Input { ends, check, identity } = *input;
+        let Input { addresses, check, identity } = *input;
         let (base, precision) = (self.base, shape.precision);
         let square = shape.references.is_none();
         let counter = |field: usize| pointer::<u32>(base + field as u64, layout.counters);
@@ -88,7 +88,7 @@ impl<D: Device> Passes<'_, D> {
             let zeroed = (side == 0).then(|| layout.zeroed(base));
             let side = OrderedSide {
                 regions: regions[side],
-                labels: ends[side].labels,
+                labels: addresses[side].labels,
                 of_references: side == 1,
                 valid: valid[side],
                 valid_too: if square { valid[1] } else { std::ptr::null_mut() },
@@ -99,7 +99,7 @@ impl<D: Device> Passes<'_, D> {
         for &side in sides {
             let of_anchors = side == 0;
             let prepare = PrepareParams {
-                input: ends[side].rows as usize as *const std::ffi::c_void,
+                input: addresses[side].rows as usize as *const std::ffi::c_void,
                 rows: self.at(regions[side].rows),
                 order: self.at::<u32>(regions[side].order),
                 valid: valid[side],

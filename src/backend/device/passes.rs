@@ -51,7 +51,7 @@ impl<D: Device> Passes<'_, D> {
         self.sweep()?;
         self.select()?;
         self.weigh(output, true)?;
-        self.gradients(input.ends.map(|end| end.gradient))?;
+        self.gradients(input.addresses.map(|side| side.gradient))?;
         self.normalize_backward(input)
     }
 
@@ -156,9 +156,9 @@ impl<D: Device> Passes<'_, D> {
                 continue;
             }
             let params = NormalizeBackwardParams {
-                rows: input.ends[side].rows as usize as *const std::ffi::c_void,
+                rows: input.addresses[side].rows as usize as *const std::ffi::c_void,
                 lengths: self.at::<f64>(regions.lengths),
-                gradient: input.ends[side].gradient as usize as *mut f32,
+                gradient: input.addresses[side].gradient as usize as *mut f32,
                 count: shape.sides(side == 1).0 as u32,
                 dim: shape.dim as u32,
             };

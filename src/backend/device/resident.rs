@@ -2,7 +2,7 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::layout::{Ends, RowTolerance};
+use super::layout::{RowTolerance, SideAddresses};
 use super::passes::Passes;
 use super::retrieval::Searched;
 use super::shape::Shape;
@@ -52,13 +52,13 @@ impl ResidentBatch {
 
     /// Addresses of a loss's input; anchors among the references are recognised by value.
     pub(super) fn input(&self) -> Input {
-        let ends = |rows: &ResidentRows| Ends {
+        let addresses = |rows: &ResidentRows| SideAddresses {
             rows: rows.embeddings,
             labels: rows.labels,
             gradient: rows.gradient,
         };
         let both = [&self.anchors, self.references.as_ref().unwrap_or(&self.anchors)];
-        Input { ends: both.map(ends), check: self.row_check(), identity: IdentityAt::default() }
+        Input { addresses: both.map(addresses), check: self.row_check(), identity: IdentityAt::default() }
     }
 
     fn row_check(&self) -> RowTolerance {

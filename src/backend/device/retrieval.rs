@@ -197,9 +197,7 @@ impl<D: Device> DeviceBackend<D> {
         prepared: Gallery,
         k: usize,
     ) -> Result<Nearest> {
-        let batch = Batch::rectangular(queries.view(), gallery.view());
-        batch.validate()?;
-        super::loss::same_type(&batch)?;
+        Batch::rectangular(queries.view(), gallery.view()).validate()?;
         self.find_host_rows(queries, Some(prepared), k)
     }
 

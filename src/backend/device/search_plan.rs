@@ -4,7 +4,7 @@ use super::DeviceProperties;
 use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
 use super::shape::{Shape, tiles};
 
-/// Most bytes of lists at a time; more queries are searched in turns. A multiple of what all multiprocessors
+/// Most bytes of lists at a time; more queries are searched in blocks. A multiple of what all multiprocessors
 /// of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
 const LIST_BYTES: usize = 1 << 30;
 /// Fixed cost of a block in products of a tile: its start, and cutting its lists at the end.

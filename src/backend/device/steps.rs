@@ -4,7 +4,6 @@
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use super::layout::Remembered;
-use super::loss::same_type;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::passes::Passes;
 use super::shape::Shape;
@@ -15,13 +14,13 @@ use crate::{Error, Result};
 
 /// Which numbers are taken or reported: a list, or two for the sizes of the sets.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Which {
+pub(super) enum NumberKind {
     MinPos,
     MaxNeg,
     Counts,
 }
 
-impl Which {
+impl NumberKind {
     fn code(self) -> u32 {
         match self {
             Self::MinPos => NUMBERS_MIN_POS,
@@ -46,11 +45,11 @@ impl<D: Device> DeviceBackend<D> {
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
-        same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
-        if last.shape != shape || !last.has_labels_of(part) {
+        // After a step on device rows the workspace has no room for the host's numbers and gradient.
+        if last.shape != shape || last.labels.is_none() || !last.has_labels_of(part) {
             return Err(Error::OutOfOrder(
-                "a step needs the part of the step before it: shape or labels differ",
+                "a step needs the part of the step before it: memory, shape or labels differ",
             ));
         }
         Ok(Remembered { step: Some(step), ..last })
@@ -81,7 +80,7 @@ pub(super) fn upload_numbers<D: Device, T: Pod>(
 
 impl<D: Device> Passes<'_, D> {
     /// Replaces the numbers found here by the caller's.
-    pub(super) fn take(&mut self, which: Which, given: Given) -> Result<()> {
+    pub(super) fn take(&mut self, which: NumberKind, given: Given) -> Result<()> {
         let [anchors, anchors_neg, references, references_neg] =
             given.lists.map(|address| address as usize as *const std::ffi::c_void);
         let params = TakeParams {
@@ -98,18 +97,18 @@ impl<D: Device> Passes<'_, D> {
     }
 
     /// Writes the numbers found to the workspace's lists, in the caller's order.
-    pub(super) fn report(&mut self, which: Which) -> Result<()> {
+    pub(super) fn report(&mut self, which: NumberKind) -> Result<()> {
         let layout = &self.loss.layout;
         let lists = match which {
-            Which::MinPos => [layout.min_pos, layout.min_pos],
-            Which::MaxNeg => [layout.max_neg_out, layout.max_neg_out],
-            Which::Counts => [layout.count_pos, layout.count_neg],
+            NumberKind::MinPos => [layout.min_pos, layout.min_pos],
+            NumberKind::MaxNeg => [layout.max_neg_out, layout.max_neg_out],
+            NumberKind::Counts => [layout.count_pos, layout.count_neg],
         };
         self.report_to(which, lists.map(|region| self.base + region.offset as u64), 0)
     }
 
     /// As [`report`](Self::report), to two given addresses; n_neg and N_pos go to `totals` unless that is 0.
-    pub(super) fn report_to(&mut self, which: Which, lists: [u64; 2], totals: u64) -> Result<()> {
+    pub(super) fn report_to(&mut self, which: NumberKind, lists: [u64; 2], totals: u64) -> Result<()> {
         let params = ReportParams {
             pairs: self.pairs(),
             which: which.code(),

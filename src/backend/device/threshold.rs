@@ -14,6 +14,10 @@ use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
 use crate::loss::{Batch, TangentOf, ThresholdGradient};
 use crate::{Error, Result};
 
+/// Message for a threshold_gradient of a loss whose thresholds are in the caller's memory.
+const THRESHOLDS_BY_ADDRESS: &str =
+    "threshold_gradient needs a loss with thresholds in its settings: those at an address may be gone";
+
 /// The workspace of the threshold pass.
 struct ThresholdLayout {
     layout: Layout,
@@ -95,6 +99,9 @@ impl<D: Device> DeviceBackend<D> {
         };
         if remembered.step.is_some_and(|step| step != Step::Gradient) {
             return Err(Error::OutOfOrder(NO_LOSS));
+        }
+        if remembered.settings.lambda != 0 {
+            return Err(Error::OutOfOrder(THRESHOLDS_BY_ADDRESS));
         }
         remembered.shape.size().is_of_last(shape.size())?;
         if remembered.shape.precision != shape.precision {

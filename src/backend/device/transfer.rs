@@ -4,7 +4,7 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::Device;
-use super::layout::{Ends, LossLayout, Remembered, RowTolerance, SideRegions};
+use super::layout::{LossLayout, Remembered, RowTolerance, SideAddresses, SideRegions};
 use super::params::TILE;
 use super::shape::tiles;
 use super::workspace::Region;
@@ -28,7 +28,7 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Input {
     /// Of the anchors, and of the references.
-    pub(super) ends: [Ends; 2],
+    pub(super) addresses: [SideAddresses; 2],
     pub(super) check: RowTolerance,
     pub(super) identity: IdentityAt,
 }
@@ -66,7 +66,11 @@ pub(super) fn upload<D: Device>(
         Identity::List(_) => {}
     }
     let check = RowTolerance { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
-    Ok(Input { ends: [layout.anchors.ends(base), layout.references.ends(base)], check, identity })
+    Ok(Input {
+        addresses: [layout.anchors.addresses(base), layout.references.addresses(base)],
+        check,
+        identity,
+    })
 }
 
 fn upload_rows<D: Device>(
