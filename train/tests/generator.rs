@@ -90,7 +90,8 @@ fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
         };
         for step in STEPS {
             let lambda = Lambda { pos: 0.5, neg: 0.4 };
-            let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap().unwrap();
+            let found =
+                hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap().unwrap();
             // The meta loss after another virtual step, at lambda +- h.
             let mut meta_loss = |lambda: Lambda| {
                 hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
