@@ -299,6 +299,11 @@ def a_generator_learns_as_in_one_process(world):
     generator = ThresholdGenerator(SoftContrastiveLoss(group=world.group), wrong)
     with raises(ValueError, "of a threshold generator") if world.size > 1 else nullcontext():
         generator.step(torch.zeros(6, wrong.in_features), torch.arange(6))
+    if world.size > 1:
+        generator = ThresholdGenerator(SoftContrastiveLoss(group=world.group), head)
+        rows, labels = batch(6)
+        with raises(ValueError, "without a meta batch"):
+            generator.step(rows, labels, *([] if world.rank else [(rows, labels)]))
     with raises(ValueError, "labels of the batch"):
         generator.step(torch.zeros(6, DIM), torch.arange(6 - (world.rank == 0)))
 

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benches/device"))
 import dense  # noqa: E402
@@ -213,6 +214,113 @@ def test_training_moves_a_bad_threshold_towards_the_reference(start):
     assert abs(sum(generated[-10:]) / 10 - 0.7) < 0.5 * abs(start - 0.7)
 
 
+class Checkpointed(nn.Module):
+    """Computes the activations again in the backward pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs):
+        return checkpoint(self.inner, inputs, use_reentrant=False)
+
+
+def test_activations_that_are_computed_again_are_those_of_the_virtual_step():
+    plain, data, meta = network(), batch(40), batch(30, 5)
+    module = Checkpointed(copy.deepcopy(plain))
+    before = copy.deepcopy(module.state_dict())
+    found = []
+    for one in (plain, module):
+        generator = generator_of(one, virtual_rate=1.0)
+        generator.step(*data, meta)
+        found.append(generator.hypergradient)
+    assert found[0] == found[1]
+    assert all(torch.equal(now, before[name]) for name, now in module.state_dict().items())
+
+
+def test_a_network_may_change_its_inputs_in_place():
+    torch.manual_seed(2)
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, DIM))
+    data, meta = batch(40), batch(30, 5)
+    given = data[0].clone()
+    generator = generator_of(module)
+    generator.step(*data, meta)
+    assert generator.hypergradient == pytest.approx(expected(module, data, meta, 0.5, "unit", 0.1, 0.7), rel=1e-4)
+    assert torch.equal(data[0], given)
+
+
+def test_dropout_is_off_during_a_step():
+    plain, dropping = head(), nn.Sequential(nn.Dropout(0.5), head())
+    random, found = torch.get_rng_state(), []
+    for module in (plain, dropping):
+        generator = generator_of(module)
+        generator.step(*batch(40), batch(30, 5))
+        found.append(generator.hypergradient)
+    assert found[0] == found[1] and torch.equal(torch.get_rng_state(), random) and dropping[0].training
+
+
+def test_recent_batches_are_kept_as_they_were():
+    module, buffer, labels = head(), torch.empty(30, WIDTH), torch.empty(30, dtype=torch.int64)
+    reused, fresh = generator_of(module), generator_of(module)
+    for seed in range(4):
+        rows, own = batch(30, seed)
+        buffer.copy_(rows)
+        labels.copy_(own)
+        reused.step(buffer, labels)
+        fresh.step(rows, own)
+        assert thresholds(reused) == thresholds(fresh)
+    # Inputs of another shape, and such with a NaN, are no part of later meta batches.
+    wide = generator_of(nn.Sequential(nn.AdaptiveAvgPool1d(WIDTH), head()))
+    wide.step(*batch(30))
+    wide.step(torch.cat([batch(30, 1)[0]] * 2, 1), batch(30, 1)[1])
+    assert wide.hypergradient is None
+    wide.step(torch.full((30, WIDTH), torch.nan), batch(30)[1])
+    wide.step(*batch(30, 2))
+    assert wide.hypergradient is not None
+
+
+def test_a_step_may_come_between_a_loss_and_its_backward_pass():
+    module = head()
+    loss = SoftContrastiveLoss(lambda_pos=0.5, lambda_neg=0.5)
+    generator = generator_of(module, loss=loss)
+    want = torch.zeros_like(module.weight)
+    total = 0
+    for seed in range(3):
+        rows, labels = batch(40, seed)
+        generator.step(rows, labels)
+        total = total + loss(module(rows), labels)
+        want += torch.autograd.grad(loss(module(rows), labels), module.weight)[0]
+    total.backward()
+    assert torch.allclose(module.weight.grad, want, rtol=1e-5)
+
+
+def test_a_float32_threshold_may_be_at_the_end_of_its_range():
+    for end in (0.7, 0.8):
+        loss = SoftContrastiveLoss(lambda_pos=torch.tensor(end), lambda_neg=end)
+        generator = generator_of(head(), loss=loss, lambda_max=end, lambda_rate=0.2)
+        for seed in range(5):
+            generator.step(*batch(40, seed))
+        assert end in (thresholds(generator)[1], pytest.approx(thresholds(generator)[0], abs=1e-7))
+        generator.load_state_dict(generator.state_dict())
+
+
+def test_a_damaged_state_is_refused_before_anything_changes():
+    generator = generator_of(head())
+    for seed in range(3):
+        generator.step(*batch(30, seed))
+    good = generator.state_dict()
+    mean, square, updates = good["moments"]
+    damaged = [{name: value for name, value in good.items() if name != missing} for missing in good]
+    moments = [(mean, square), ([0.0], square, updates), (mean, [-1.0, 0.0], updates), ([float("nan"), 0.0], square, updates), (mean, square, -1)]
+    damaged += [good | {"moments": wrong} for wrong in moments]
+    damaged += [good | {"lambda": wrong} for wrong in ([0.1], [0.1, 0.2], ["low", 0.1], [3.0, 3.0])]
+    damaged += [good | {"recent": wrong} for wrong in ([3], [(batch(9)[0], batch(8)[1])], [(1, 2)])]
+    for state in damaged:
+        with pytest.raises(ValueError):
+            generator.load_state_dict(state | ({"lambda": [0.1, 0.1]} if "lambda" in state and state["lambda"] == good["lambda"] else {}))
+        assert generator.state_dict()["lambda"] == good["lambda"] and generator.state_dict()["moments"] == good["moments"]
+
+
 REFUSED = [
     (lambda: ThresholdGenerator(nn.CrossEntropyLoss(), head()), TypeError, "loss must be a SoftContrastiveLoss, not CrossEntropyLoss"),
     (lambda: generator_of(head(), loss=CrossBatchMemory(SoftContrastiveLoss(), DIM)), TypeError, "of a CrossBatchMemory give its loss"),
@@ -237,8 +345,14 @@ REFUSED = [
     (
         lambda: generator_of(head().requires_grad_(False)).step(*batch(9), batch(9)),
         ValueError,
-        "network of the generator has no parameter that requires a gradient",
+        "no parameter of the generator's network that requires a gradient has a part in its embeddings",
     ),
+    (lambda: generator_of(head(), start=torch.tensor(1)), TypeError, "lambda_pos must be a float32 or float64 tensor, or a number, not"),
+    (lambda: generator_of(head(), start=torch.tensor(0.5), lambda_pair=True), ValueError, "are the same tensor"),
+    (lambda: generator_of(head()).step(*batch(9), batch(9)[0]), TypeError, "meta batch must be a pair of inputs and labels, not Tensor"),
+    (lambda: generator_of(nn.GRU(WIDTH, DIM)).step(*batch(9), batch(9)), TypeError, r"must return embeddings \[B, D\], not tuple"),
+    (lambda: generator_of(nn.Flatten(0)).step(*batch(9), batch(9)), TypeError, r"must return embeddings \[B, D\], not \[108\]"),
+    (lambda: torch.inference_mode()(generator_of(head()).step)(*batch(9), batch(9)), RuntimeError, "outside of torch.inference_mode"),
 ]
 
 

@@ -1,7 +1,8 @@
 """PyTorch modules that replace pytorch-metric-learning's loss, miner and memory.
 
 `SoftContrastiveLoss` mines its own pairs, and needs no miner. `CrossBatchMemory` compares a batch with rows of earlier
-batches. `ThresholdGenerator` learns the loss thresholds during training. Tensors and gradients are not copied, on the CPU and, in a build with the feature `cuda`, on a GPU.
+batches. `ThresholdGenerator` learns the loss thresholds during training. Tensors and gradients are not copied, on the CPU and,
+in a build with the feature `cuda`, on a GPU.
 """
 
 try:

@@ -341,9 +341,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: EagerOutputs) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
     _, gradient, reference_grad, statistics = outputs
     _, of_references, *of_thresholds = ctx.needs_input_grad[:4]
+    # Constants may change before backward, as a memory's queue and a generator's thresholds do; torch refuses saved tensors that
+    # have.
     if not of_references:
-        # Constant references may change before backward, as a memory's queue does; torch refuses saved tensors that have.
         references = reference_grad = None
+    lambda_pos, lambda_neg = (value if needed else None for value, needed in zip((lambda_pos, lambda_neg), of_thresholds))
     derivatives = statistics if any(of_thresholds) else None
     ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, reference_grad, derivatives)
 
