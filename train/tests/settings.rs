@@ -8,6 +8,7 @@ use std::path::Path;
 
 use assert_cmd::Command;
 use clap::{ArgAction, Args};
+use ddtas::loss::{LossSettings, Mining};
 use ddtas_train::inference::{EmbedSettings, EvalSettings, SearchSettings};
 use ddtas_train::train::TrainSettings;
 use runs::small_run;
@@ -341,4 +342,14 @@ fn batches_fit_a_set_of_few_classes() {
     );
     let config = std::fs::read_to_string(run.join("config.toml")).unwrap();
     assert!(config.contains("classes_per_batch = 4") && config.contains("meta_classes = 4"), "{config}");
+}
+
+#[test]
+fn settings_of_the_library_are_written_and_read_as_text() {
+    let settings = LossSettings { mining: Mining::Asms, alpha: 20.0, ..LossSettings::default() };
+    let text = toml::to_string(&settings).unwrap();
+    assert_eq!(toml::from_str::<LossSettings>(&text).unwrap(), settings);
+    let partly = toml::from_str::<LossSettings>("mining = \"asms\"\nalpha = 20.0").unwrap();
+    assert_eq!(partly, settings, "what is missing has its default");
+    assert!(toml::from_str::<LossSettings>("alhpa = 20.0").unwrap_err().to_string().contains("alhpa"));
 }
