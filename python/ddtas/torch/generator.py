@@ -150,7 +150,9 @@ class ThresholdGenerator:
             batch, meta = _of_all_ranks(ranks, batch, about), None if meta is None else _of_all_ranks(ranks, meta, about)
         if meta is None:
             same = [kept for kept in self._recent if kept[0].shape[1:] == batch[0].shape[1:]]
-            meta = cast(Batch, tuple(torch.cat(tensors).to(batch[0].device) for tensors in zip(*same))) if same else None
+            # A state that was loaded may be on another device.
+            near = [[tensor.to(batch[0].device) for tensor in tensors] for tensors in zip(*same)]
+            meta = (torch.cat(near[0]), torch.cat(near[1])) if near else None
         self.hypergradient = None
         if meta is not None:
             with _without_dropout(self.network):
@@ -225,7 +227,8 @@ class ThresholdGenerator:
         """`work` on the network with these weights."""
         # Copies of the buffers, so that BatchNorm does not change the running statistics.
         tensors = {name: buffer.clone() for name, buffer in self.network.named_buffers()} | weights
-        result: Result = functional_call(_Within(self.network), {f"network.{name}": tensors[name] for name in tensors}, (work,))
+        named = {f"network.{name}": tensor for name, tensor in tensors.items()}
+        result: Result = functional_call(_Within(self.network), named, (work,))
         return result
 
     def _embed(self, network: nn.Module, inputs: Tensor) -> Tensor:

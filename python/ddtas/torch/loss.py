@@ -45,7 +45,7 @@ class SoftContrastiveLoss(nn.Module):
         beta: sharpness of the loss on positives, above 0, at most 10,000. Default 2.
         lambda_pos: loss threshold of positives, a cosine similarity, -2 to 2. Default 0.7. A number, or a tensor of one
             element, which gets dL/dlambda if it requires a gradient. Descent along dL/dlambda lowers the loss without
-            improving the embedding; the method descends along `ddtas.torch.threshold_gradient` instead.
+            improving the embedding; `ThresholdGenerator` learns thresholds by the method's own rule.
         lambda_neg: loss threshold of negatives, as `lambda_pos`. Default 0.7.
         gamma: tolerance of mining, a cosine similarity, 0 to 2. Default 0.1.
         mining: "none" keeps all pairs of an anchor that has positives and negatives; "symmetric" mines with one tolerance
