@@ -16,7 +16,7 @@ fn assert_close<const D: usize>(what: &str, got: Tensor<D>, want: Tensor<D>) {
 }
 
 /// Images, channels in and out, height, width, kernel, stride.
-const CONVOLUTIONS: [[usize; 7]; 13] = [
+const CONVOLUTIONS: [[usize; 7]; 15] = [
     [2, 3, 16, 12, 12, 3, 1],
     [3, 8, 8, 9, 7, 3, 1],
     [1, 5, 11, 13, 17, 3, 2],
@@ -31,6 +31,9 @@ const CONVOLUTIONS: [[usize; 7]; 13] = [
     [3, 6, 10, 24, 20, 1, 1],
     [30, 256, 20, 4, 3, 3, 1],
     [7, 260, 9, 7, 8, 3, 2],
+    // So many weights that the tasks of the weight gradient share the outputs.
+    [20, 264, 523, 3, 3, 3, 1],
+    [4, 3, 20, 40, 33, 7, 2],
 ];
 
 #[test]

@@ -4,11 +4,14 @@
 //! reading the patches costs more than the product. Here an image is copied once into padded planes in which
 //! every tap of the kernel is a constant offset: output position p of the flattened plane and tap t read
 //! `plane[p + offset_t]`. So one loop over contiguous memory serves every width, and a strided convolution is
-//! the same loop over the input split into `stride²` phases.
+//! the same loop over the input split into `stride²` phases. The weight gradient reads the image with channels last, where
+//! the taps of a row of the kernel are contiguous.
 //!
 //! Layouts are Burn's: images `[N, C, H, W]`, weights `[out, in, k, k]`.
-//! Work is divided by image, or by fixed groups of images for sums over images, so results do not depend on
-//! the number of threads.
+//! Work is divided by image, or by fixed groups of images and outputs for sums over images, so results do not depend on the
+//! number of threads.
+
+use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -19,11 +22,14 @@ use super::buffer::written;
 /// Most positions that are computed at once (three vectors of 16 lanes).
 pub(super) const STEP: usize = 48;
 
-/// Groups of images whose sums are added for the weight gradient, independent of the number of threads.
-const WEIGHT_GROUPS: usize = 16;
+/// Tasks of the weight gradient, independent of the number of threads.
+const WEIGHT_TASKS: usize = 16;
 
-/// Flattened length from which the horizontal sums at the end of a reduction cost little.
-const LONG_REDUCTION: usize = 2048;
+/// Most sums that the groups of images of the weight gradient have together, unless one group has more.
+const MOST_SUMS: usize = 1 << 22;
+
+/// Most lanes of a vector.
+const LANES: usize = 16;
 
 /// Terms that are added one after the other. Longer sums are sums of such partial sums, which round less.
 const RUN: usize = 144;
@@ -107,6 +113,30 @@ impl Geometry {
             .collect()
     }
 
+    /// Height and width with the padding.
+    fn padded(&self) -> [usize; 2] {
+        std::array::from_fn(|axis| self.input[axis] + self.padding[axis].iter().sum::<usize>())
+    }
+
+    /// Floats of a padded image.
+    fn padded_length(&self) -> usize {
+        self.padded().iter().product::<usize>() * self.channels_in
+    }
+
+    /// Where the inputs of each output position begin in a padded image with channels last.
+    fn starts(&self) -> Vec<usize> {
+        let [height, width] = self.output();
+        let at = |y: usize, x: usize| (y * self.padded()[1] + x) * self.stride * self.channels_in;
+        (0..height).flat_map(|y| (0..width).map(move |x| at(y, x))).collect()
+    }
+
+    /// Where each position of an image begins in a padded image with channels last.
+    fn padded_places(&self) -> Vec<usize> {
+        let ([height, width], [above, left]) = (self.input, self.before());
+        let at = |y: usize, x: usize| ((y + above) * self.padded()[1] + x + left) * self.channels_in;
+        (0..height).flat_map(|y| (0..width).map(move |x| at(y, x))).collect()
+    }
+
     pub(super) fn input_length(&self) -> usize {
         self.channels_in * self.input[0] * self.input[1]
     }
@@ -145,15 +175,10 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
 /// For each phase of the input it is a convolution of the padded output gradient with the taps that read this
 /// phase, flipped.
 pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> Vec<f32> {
-    let reach = g.reach();
-    let [height, width] = g.output();
-    let columns = width + 2 * reach;
-    let channel_length = (height + 2 * reach) * columns + g.slack();
+    let padded = PaddedGradient::new(g);
+    let (area, channel_length) = (g.output().iter().product(), padded.length(g));
     let taps_per_pair = g.kernel * g.kernel;
-
-    let phases: Vec<InputPhase> = (0..g.phases() * g.phases())
-        .map(|phase| InputPhase::new(g, [phase / g.phases(), phase % g.phases()], columns, channel_length))
-        .collect();
+    let phases = padded.phases(g);
     let packed: Vec<PackedWeights> = phases
         .iter()
         .map(|phase| {
@@ -166,89 +191,129 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
     written(g.images * g.input_length(), g.input_length(), |scratch: &mut Scratch, image, gradient| {
         let output_gradient = &output_gradient[image * g.output_length()..][..g.output_length()];
         let planes = zeroed(&mut scratch.planes, g.channels_out * channel_length);
-        for (plane, source) in
-            planes.chunks_exact_mut(channel_length).zip(output_gradient.chunks_exact(height * width))
+        for (plane, source) in planes.chunks_exact_mut(channel_length).zip(output_gradient.chunks_exact(area))
         {
-            for (y, row) in source.chunks_exact(width).enumerate() {
-                plane[(y + reach) * columns + reach..][..width].copy_from_slice(row);
-            }
+            padded.copy(g, source, plane);
         }
         for (phase, packed) in phases.iter().zip(&packed) {
-            let positions = phase.count[0] * columns;
+            let positions = phase.count[0] * padded.size[1];
             let product = TapProduct { planes, offsets: &phase.offsets, packed, positions };
             product.run(&mut scratch.accumulators, |i, flat| {
                 let plane = &mut gradient[i * g.input[0] * g.input[1]..][..g.input[0] * g.input[1]];
-                phase.scatter(g, plane, flat, columns);
+                phase.scatter(g, plane, flat, padded.size[1]);
             });
         }
     })
 }
 
 /// dL/d(weight), `[out, in, k, k]`.
+///
+/// With channels last, the inputs that one row of the kernel reads for an output position are contiguous. So the
+/// gradient of a row of the kernel is the product of the output gradient, `[out, positions]`, with these pieces.
 pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-    let [height, width] = g.output();
-    let columns = g.phase_plane()[1];
-    let taps = g.taps();
-    let pairs = g.channels_in * taps.len();
-    let group = g.images.div_ceil(WEIGHT_GROUPS).max(1);
-    // If there is one phase, the planes of several images are adjacent and reduced in one pass; the gradient
-    // is zero at positions whose taps reach into the next image.
-    let one_phase = g.phases() == 1;
-    let image_stride = if one_phase { g.phase_plane()[0] * g.phase_plane()[1] } else { g.channel_length() };
-    // Images reduced together, so that small planes give a long reduction.
-    let together = (LONG_REDUCTION / g.positions().max(1)).clamp(1, group);
+    let (area, row) = (g.output().iter().product::<usize>(), g.kernel * g.channels_in);
+    let tasks = WeightTasks::new(g);
+    let block_length = g.kernel * tasks.block * row.next_multiple_of(LANES);
+    // Images that are summed together, so that small maps have long sums too.
+    let together = (RUN / area.max(1)).clamp(1, tasks.images);
+    let (image_length, starts, places) = (g.padded_length(), g.starts(), g.padded_places());
+    let packed_places: Vec<usize> = (0..area).map(|p| p * WIDEST_BLOCK).collect();
 
-    let partial: Vec<Vec<f32>> = input
-        .par_chunks(group * g.input_length())
-        .zip(output_gradient.par_chunks(group * g.output_length()))
-        .map_init(Scratch::default, |scratch, (input, output_gradient)| {
-            let mut sums = vec![0.0; g.channels_out * pairs];
-            let batches = input
-                .chunks(together * g.input_length())
-                .zip(output_gradient.chunks(together * g.output_length()));
-            for (input, output_gradient) in batches {
-                let images = input.len() / g.input_length();
-                // A channel holds its images one after the other, so that a reduction covers all of them. The
-                // gradient is zero at positions that are not outputs: row ends, and the slack.
-                let channel_length = images * image_stride + g.slack();
-                let planes = zeroed(&mut scratch.planes, g.channels_in * channel_length);
-                let rows = zeroed(&mut scratch.accumulators, g.channels_out * channel_length);
-                for image in 0..images {
-                    let start = image * image_stride;
-                    let input = &input[image * g.input_length()..][..g.input_length()];
-                    split_phases(g, input, &mut planes[start..], channel_length);
-                    let gradient = &output_gradient[image * g.output_length()..][..g.output_length()];
-                    for (o, source) in gradient.chunks_exact(height * width).enumerate() {
-                        let plane = &mut rows[o * channel_length + start..][..height * columns];
-                        for (to, row) in plane.chunks_exact_mut(columns).zip(source.chunks_exact(width)) {
-                            to[..width].copy_from_slice(row);
-                        }
-                    }
-                }
-                let (segments, positions) = if one_phase {
-                    (vec![0], (images - 1) * image_stride + g.positions())
-                } else {
-                    ((0..images).map(|image| image * image_stride).collect(), g.positions())
-                };
-                Arch::new().dispatch(Correlate {
-                    planes,
-                    rows,
-                    channel_length,
-                    segments,
-                    positions,
-                    offsets: channel_offsets(g.channels_in, channel_length, &taps, 0),
-                    sums: &mut sums,
-                });
+    let run = |scratch: &mut Scratch, task: usize| {
+        let (images, outputs) = (tasks.images(g, task), tasks.outputs(g, task));
+        let mut sums = vec![0.0; outputs.len().div_ceil(tasks.block) * block_length];
+        for first in images.clone().step_by(together) {
+            let images = first..(first + together).min(images.end);
+            let planes = zeroed(&mut scratch.planes, images.len() * image_length + STEP);
+            let input = &input[first * g.input_length()..];
+            let images = images.len();
+            let padded = planes.chunks_exact_mut(image_length).take(images);
+            for (input, padded) in input.chunks_exact(g.input_length()).zip(padded) {
+                transpose(input, &places, padded);
             }
-            sums
-        })
+            let positions: Vec<usize> = (0..images)
+                .flat_map(|image| starts.iter().map(move |start| image * image_length + start))
+                .collect();
+            // Every block of outputs of every image, as `[block][image][position][output]`.
+            scratch
+                .weights
+                .resize(outputs.len().div_ceil(tasks.block) * positions.len(), [0.0; WIDEST_BLOCK]);
+            let packed = scratch.weights.chunks_exact_mut(positions.len());
+            for (output, packed) in outputs.clone().step_by(tasks.block).zip(packed) {
+                let size = tasks.block.min(outputs.end - output);
+                for (image, packed) in packed.chunks_exact_mut(area).enumerate() {
+                    let gradient = &output_gradient[(first + image) * g.output_length() + output * area..];
+                    transpose(&gradient[..size * area], &packed_places, packed.as_flattened_mut());
+                }
+            }
+            Arch::new().dispatch(KernelRows {
+                planes: &scratch.planes,
+                positions: &positions,
+                weights: &scratch.weights,
+                block_length,
+                rows: g.kernel,
+                next_row: g.padded()[1] * g.channels_in,
+                row,
+                sums: &mut sums,
+            });
+        }
+        sums
+    };
+    let sums: Vec<Vec<f32>> = (0..tasks.count)
+        .into_par_iter()
+        .map_init(Scratch::default, |scratch, task| run(scratch, task))
         .collect();
-    let mut partial = partial.into_iter();
-    let mut total = partial.next().unwrap_or_else(|| vec![0.0; g.channels_out * pairs]);
-    for sums in partial {
-        total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+
+    let taps = g.kernel * g.kernel;
+    written(g.channels_out * g.channels_in * taps, g.channels_in * taps, |_: &mut (), output, gradient| {
+        let (part, output) = (output / tasks.outputs, output % tasks.outputs);
+        for sums in sums[part..].iter().step_by(tasks.parts) {
+            let block = &sums[output / tasks.block * block_length..][..block_length];
+            for (y, kernel_row) in block.chunks_exact(block_length / g.kernel).enumerate() {
+                let sums = &kernel_row[output % tasks.block * row.next_multiple_of(LANES)..][..row];
+                for (x, sums) in sums.chunks_exact(g.channels_in).enumerate() {
+                    let to = gradient[y * g.kernel + x..].iter_mut().step_by(taps);
+                    to.zip(sums).for_each(|(to, sum)| *to += *sum);
+                }
+            }
+        }
+    })
+}
+
+/// How the weight gradient is divided into tasks: by groups of images, whose sums are added in the end, and by parts of the
+/// outputs where the sums of all groups would be many. It does not depend on the number of threads.
+struct WeightTasks {
+    /// Number of tasks.
+    count: usize,
+    /// Number of parts of the outputs; task t has part `t % parts`.
+    parts: usize,
+    /// Images of a group and outputs of a part; the last may have fewer.
+    images: usize,
+    outputs: usize,
+    /// Outputs that are computed together.
+    block: usize,
+}
+
+impl WeightTasks {
+    fn new(g: &Geometry) -> Self {
+        let weights = g.channels_out * g.channels_in * g.kernel * g.kernel;
+        let groups = (MOST_SUMS / weights.max(1)).clamp(1, WEIGHT_TASKS);
+        let images = g.images.div_ceil(groups).max(1);
+        let block = block_sizes(WIDEST_BLOCK)[0];
+        let outputs = (g.channels_out * groups).div_ceil(WEIGHT_TASKS).next_multiple_of(block).max(block);
+        let parts = g.channels_out.div_ceil(outputs);
+        Self { count: g.images.div_ceil(images) * parts, parts, images, outputs, block }
     }
-    total
+
+    fn images(&self, g: &Geometry, task: usize) -> Range<usize> {
+        let first = task / self.parts * self.images;
+        first..(first + self.images).min(g.images)
+    }
+
+    fn outputs(&self, g: &Geometry, task: usize) -> Range<usize> {
+        let first = task % self.parts * self.outputs;
+        first..(first + self.outputs).min(g.channels_out)
+    }
 }
 
 /// Buffers that a thread reuses.
@@ -256,6 +321,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
 struct Scratch {
     planes: Vec<f32>,
     accumulators: Vec<f32>,
+    weights: Vec<[f32; WIDEST_BLOCK]>,
 }
 
 pub(super) fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
@@ -299,6 +365,71 @@ pub(super) fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], chan
     }
 }
 
+/// A plane of the output gradient with the zeros around it that the phases of the input read.
+pub(super) struct PaddedGradient {
+    /// Rows and columns.
+    pub(super) size: [usize; 2],
+    /// Zeros before the gradient.
+    lead: [usize; 2],
+}
+
+impl PaddedGradient {
+    pub(super) fn new(g: &Geometry) -> Self {
+        let (mut size, mut lead) = ([0; 2], [0; 2]);
+        for axis in 0..2 {
+            let extents = (0..g.phases()).map(|phase| PhaseExtent::new(g, axis, phase));
+            // Position q of a phase reads the gradient's outputs q - reach to q.
+            let first = extents.clone().map(|extent| extent.within).min().unwrap_or(0).min(g.reach());
+            let end = extents.map(|extent| extent.within + extent.count).max().unwrap_or(0);
+            lead[axis] = g.reach() - first;
+            size[axis] = (end + lead[axis]).max(g.output()[axis] + lead[axis]);
+        }
+        Self { size, lead }
+    }
+
+    /// Floats with the slack.
+    pub(super) fn length(&self, g: &Geometry) -> usize {
+        self.size[0] * self.size[1] + g.slack()
+    }
+
+    /// Copies a plane of the output gradient into a zeroed padded plane.
+    pub(super) fn copy(&self, g: &Geometry, gradient: &[f32], plane: &mut [f32]) {
+        let width = g.output()[1];
+        for (row, to) in
+            gradient.chunks_exact(width).zip(plane.chunks_exact_mut(self.size[1]).skip(self.lead[0]))
+        {
+            to[self.lead[1]..][..width].copy_from_slice(row);
+        }
+    }
+
+    /// All phases of the input.
+    pub(super) fn phases(&self, g: &Geometry) -> Vec<InputPhase> {
+        let phases = (0..g.phases()).flat_map(|y| (0..g.phases()).map(move |x| [y, x]));
+        phases.map(|phase| InputPhase::new(g, self, phase)).collect()
+    }
+}
+
+/// The part of one phase of the input that lies in the image, along one axis.
+struct PhaseExtent {
+    /// First position of the phase.
+    within: usize,
+    /// The same, as a position of the image.
+    first: usize,
+    /// Number of positions that an output reads.
+    count: usize,
+}
+
+impl PhaseExtent {
+    fn new(g: &Geometry, axis: usize, phase: usize) -> Self {
+        // Position q of the phase is input row stride * q + phase - padding.
+        let within = g.before()[axis].saturating_sub(phase).div_ceil(g.stride);
+        let first = g.stride * within + phase - g.before()[axis];
+        let last = g.output()[axis] + g.reach();
+        let inside = g.input[axis].saturating_sub(first).div_ceil(g.stride);
+        Self { within, first, count: inside.min(last.saturating_sub(within)) }
+    }
+}
+
 /// The gradient of one phase of the input, as a convolution of the padded output gradient.
 pub(super) struct InputPhase {
     /// Taps of the kernel that read this phase.
@@ -312,8 +443,9 @@ pub(super) struct InputPhase {
 }
 
 impl InputPhase {
-    pub(super) fn new(g: &Geometry, phase: [usize; 2], columns: usize, channel_length: usize) -> Self {
-        let reach = g.reach();
+    fn new(g: &Geometry, padded: &PaddedGradient, phase: [usize; 2]) -> Self {
+        let (reach, columns) = (g.reach(), padded.size[1]);
+        let [rows_in, columns_in] = [0, 1].map(|axis| PhaseExtent::new(g, axis, phase[axis]));
         let (mut kernel_taps, mut taps) = (Vec::new(), Vec::new());
         for y in (phase[0]..g.kernel).step_by(g.stride) {
             for x in (phase[1]..g.kernel).step_by(g.stride) {
@@ -321,20 +453,15 @@ impl InputPhase {
                 taps.push((reach - y / g.stride) * columns + reach - x / g.stride);
             }
         }
-        let mut first = [0; 2];
-        let mut count = [0; 2];
-        let mut within = [0; 2];
-        for axis in 0..2 {
-            // Position q of the phase is input row stride * q + phase - padding.
-            within[axis] = g.before()[axis].saturating_sub(phase[axis]).div_ceil(g.stride);
-            first[axis] = g.stride * within[axis] + phase[axis] - g.before()[axis];
-            let last = g.output()[axis] + reach;
-            let inside = g.input[axis].saturating_sub(first[axis]).div_ceil(g.stride);
-            count[axis] = inside.min(last.saturating_sub(within[axis]));
+        let [row, column] =
+            [0, 1].map(|axis| [&rows_in, &columns_in][axis].within + padded.lead[axis] - reach);
+        let offsets = channel_offsets(g.channels_out, padded.length(g), &taps, row * columns + column);
+        Self {
+            kernel_taps,
+            offsets,
+            first: [rows_in.first, columns_in.first],
+            count: [rows_in.count, columns_in.count],
         }
-        let start = within[0] * columns + within[1];
-        let offsets = channel_offsets(g.channels_out, channel_length, &taps, start);
-        Self { kernel_taps, offsets, first, count }
     }
 
     pub(super) fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
@@ -358,7 +485,7 @@ const WIDEST_BLOCK: usize = 8;
 
 impl PackedWeights {
     fn new(outputs: usize, inputs: usize, taps: usize, at: impl Fn(usize, usize, usize) -> f32) -> Self {
-        let sizes = Arch::new().dispatch(BlockSizes { outputs });
+        let sizes = block_sizes(outputs);
         let mut blocks = Vec::with_capacity(sizes.len() * inputs * taps);
         let mut first = 0;
         for size in &sizes {
@@ -369,6 +496,10 @@ impl PackedWeights {
         }
         Self { blocks, sizes }
     }
+}
+
+fn block_sizes(outputs: usize) -> Vec<usize> {
+    Arch::new().dispatch(BlockSizes { outputs })
 }
 
 /// Divides outputs into blocks of sizes that suit this processor; the last block may not be full.
@@ -454,119 +585,165 @@ impl WithSimd for TapBlock<'_, '_> {
 impl TapBlock<'_, '_> {
     #[inline(always)]
     fn rows<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S) {
-        let width = VECTORS * S::F32_LANES;
-        for position in (0..self.product.positions).step_by(width) {
-            let sums = self.tile::<S, OUTPUTS, VECTORS>(simd, position);
-            for (o, sums) in sums.iter().enumerate() {
-                let out = &mut self.out[o * self.length + position..][..width];
-                S::as_mut_simd_f32s(out).0.copy_from_slice(sums);
+        for position in (0..self.product.positions).step_by(VECTORS * S::F32_LANES) {
+            match (self.product.positions - position).div_ceil(S::F32_LANES) {
+                1 => self.step::<S, OUTPUTS, 1>(simd, position),
+                2 => self.step::<S, OUTPUTS, 2>(simd, position),
+                _ => self.step::<S, OUTPUTS, VECTORS>(simd, position),
             }
         }
     }
 
-    // PERF: nothing in this loop may panic. With a bounds check that can panic, the compiler keeps half of
-    // the sums in memory, and the loop takes twice as long.
     #[inline(always)]
-    fn tile<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
-        &self,
-        simd: S,
-        position: usize,
-    ) -> [[S::f32s; VECTORS]; OUTPUTS] {
-        let width = VECTORS * S::F32_LANES;
-        let mut totals = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
+    fn step<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S, position: usize) {
         let planes = &self.product.planes[position..];
+        let mut totals = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
         for (offsets, weights) in self.product.offsets.chunks(RUN).zip(self.weights.chunks(RUN)) {
-            let mut sums = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
-            for (&offset, weights) in offsets.iter().zip(weights) {
-                let Some(values) = planes.get(offset..offset + width) else { break };
-                let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
-                let Some(weights) = weights.first_chunk::<OUTPUTS>() else { break };
-                for o in 0..OUTPUTS {
-                    let weight = simd.splat_f32s(weights[o]);
-                    for v in 0..VECTORS {
-                        sums[o][v] = simd.mul_add_f32s(weight, values[v], sums[o][v]);
-                    }
-                }
-            }
-            for o in 0..OUTPUTS {
-                for v in 0..VECTORS {
-                    totals[o][v] = simd.add_f32s(totals[o][v], sums[o][v]);
-                }
+            let sums = tile::<S, OUTPUTS, VECTORS>(simd, planes, offsets, weights);
+            for (total, sum) in totals.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+                *total = simd.add_f32s(*total, *sum);
             }
         }
-        totals
+        for (o, totals) in totals.iter().enumerate() {
+            let out = &mut self.out[o * self.length + position..][..VECTORS * S::F32_LANES];
+            S::as_mut_simd_f32s(out).0.copy_from_slice(totals);
+        }
     }
 }
 
-/// `sums[o][pair] += sum over segments and p of rows[o][segment + p] * planes[segment + offset_pair + p]`.
-struct Correlate<'a> {
-    planes: &'a [f32],
-    rows: &'a [f32],
-    channel_length: usize,
-    segments: Vec<usize>,
-    positions: usize,
-    offsets: Vec<usize>,
-    sums: &'a mut [f32],
+/// `sum over k of weights[k][o] * planes[offsets[k] + x]` for some outputs o and vectors of x.
+// PERF: nothing in this loop may panic. With a bounds check that can panic, the compiler keeps half of
+// the sums in memory, and the loop takes twice as long.
+#[inline(always)]
+fn tile<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
+    simd: S,
+    planes: &[f32],
+    offsets: &[usize],
+    weights: &[[f32; WIDEST_BLOCK]],
+) -> [[S::f32s; VECTORS]; OUTPUTS] {
+    let width = VECTORS * S::F32_LANES;
+    let mut sums = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
+    for (&offset, weights) in offsets.iter().zip(weights) {
+        let Some(values) = planes.get(offset..offset + width) else { break };
+        let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
+        let Some(weights) = weights.first_chunk::<OUTPUTS>() else { break };
+        for o in 0..OUTPUTS {
+            let weight = simd.splat_f32s(weights[o]);
+            for v in 0..VECTORS {
+                sums[o][v] = simd.mul_add_f32s(weight, values[v], sums[o][v]);
+            }
+        }
+    }
+    sums
 }
 
-impl WithSimd for Correlate<'_> {
+/// Copies a matrix of rows as long as `places`, transposed: column c begins at `to[places[c]]`.
+fn transpose(from: &[f32], places: &[usize], to: &mut [f32]) {
+    Arch::new().dispatch(Transpose { from, places, to });
+}
+
+struct Transpose<'a> {
+    from: &'a [f32],
+    places: &'a [usize],
+    to: &'a mut [f32],
+}
+
+/// Side of the squares that are transposed in registers.
+const SQUARE: usize = 8;
+
+impl WithSimd for Transpose<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        if S::F32_LANES == 16 { self.blocks::<S, 4, 6>(simd) } else { self.blocks::<S, 3, 4>(simd) }
-    }
-}
-
-impl Correlate<'_> {
-    #[inline(always)]
-    fn blocks<S: Simd, const OUTPUTS: usize, const PAIRS: usize>(self, simd: S) {
-        let outputs = self.rows.len() / self.channel_length;
-        for first in (0..outputs).step_by(OUTPUTS) {
-            // An incomplete last block repeats its last entry, and does not store the repetitions.
-            let rows: [usize; OUTPUTS] =
-                std::array::from_fn(|o| (first + o).min(outputs - 1) * self.channel_length);
-            for pair in (0..self.offsets.len()).step_by(PAIRS) {
-                let offsets: [usize; PAIRS] =
-                    std::array::from_fn(|k| self.offsets[(pair + k).min(self.offsets.len() - 1)]);
-                let sums = self.reduce::<S, OUTPUTS, PAIRS>(simd, rows, offsets);
-                for (o, sums) in sums.iter().enumerate().take(outputs - first) {
-                    let stored = &mut self.sums[(first + o) * self.offsets.len() + pair..];
-                    let stored = stored.iter_mut().take(self.offsets.len() - pair);
-                    stored.zip(sums).for_each(|(stored, &sum)| *stored += simd.reduce_sum_f32s(sum));
+    fn with_simd<S: Simd>(self, _: S) {
+        let columns = self.places.len();
+        for (row, rows) in self.from.chunks(SQUARE * columns).enumerate() {
+            let row = row * SQUARE;
+            let whole = if rows.len() == SQUARE * columns { columns - columns % SQUARE } else { 0 };
+            for (square, places) in self.places[..whole].chunks_exact(SQUARE).enumerate() {
+                let mut values = [[0.0f32; SQUARE]; SQUARE];
+                for (r, values) in values.iter_mut().enumerate() {
+                    values.copy_from_slice(&rows[r * columns + square * SQUARE..][..SQUARE]);
+                }
+                for c in 0..SQUARE {
+                    let column: [f32; SQUARE] = std::array::from_fn(|r| values[r][c]);
+                    self.to[places[c] + row..][..SQUARE].copy_from_slice(&column);
+                }
+            }
+            for c in whole..columns {
+                for (r, values) in rows.chunks_exact(columns).enumerate() {
+                    self.to[self.places[c] + row + r] = values[c];
                 }
             }
         }
     }
+}
 
-    // PERF: nothing in the loop may panic; see `TapBlock::tile`.
+/// `sums[block][y][o][x] += sum over k of weights[block][k][o] * planes[positions[k] + y * next_row + x]`.
+struct KernelRows<'a> {
+    planes: &'a [f32],
+    positions: &'a [usize],
+    weights: &'a [[f32; WIDEST_BLOCK]],
+    /// Floats of the sums of a block, rows of the kernel, and floats between two of them in the planes.
+    block_length: usize,
+    rows: usize,
+    next_row: usize,
+    /// Number of x.
+    row: usize,
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for KernelRows<'_> {
+    type Output = ();
+
     #[inline(always)]
-    fn reduce<S: Simd, const OUTPUTS: usize, const PAIRS: usize>(
-        &self,
-        simd: S,
-        rows: [usize; OUTPUTS],
-        offsets: [usize; PAIRS],
-    ) -> [[S::f32s; PAIRS]; OUTPUTS] {
-        let lanes = S::F32_LANES;
-        let steps = self.positions.div_ceil(lanes);
-        let mut sums = [[simd.splat_f32s(0.0); PAIRS]; OUTPUTS];
-        for &segment in &self.segments {
-            let rows = rows.map(|row| S::as_simd_f32s(&self.rows[row + segment..][..steps * lanes]).0);
-            let planes = offsets.map(|at| S::as_simd_f32s(&self.planes[at + segment..][..steps * lanes]).0);
-            for step in 0..steps {
-                let mut gradient = [simd.splat_f32s(0.0); OUTPUTS];
-                for o in 0..OUTPUTS {
-                    let Some(&value) = rows[o].get(step) else { break };
-                    gradient[o] = value;
-                }
-                for k in 0..PAIRS {
-                    let Some(&value) = planes[k].get(step) else { break };
-                    for o in 0..OUTPUTS {
-                        sums[o][k] = simd.mul_add_f32s(gradient[o], value, sums[o][k]);
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        if S::F32_LANES == 16 { self.run::<S, 8, 3>(simd) } else { self.run::<S, 6, 2>(simd) }
+    }
+}
+
+impl KernelRows<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S) {
+        for first in (0..self.positions.len()).step_by(RUN) {
+            let run = first..(first + RUN).min(self.positions.len());
+            for y in 0..self.rows {
+                for x in (0..self.row).step_by(VECTORS * S::F32_LANES) {
+                    match (self.row - x).div_ceil(S::F32_LANES) {
+                        1 => self.blocks::<S, OUTPUTS, 1>(simd, run.clone(), y, x),
+                        2 => self.blocks::<S, OUTPUTS, 2>(simd, run.clone(), y, x),
+                        _ => self.blocks::<S, OUTPUTS, VECTORS>(simd, run.clone(), y, x),
                     }
                 }
             }
         }
-        sums
+    }
+
+    /// Adds the terms of some positions to the sums of some x for every block.
+    // The inputs stay in the first-level cache for all blocks.
+    #[inline(always)]
+    fn blocks<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
+        &mut self,
+        simd: S,
+        run: Range<usize>,
+        y: usize,
+        x: usize,
+    ) {
+        let planes = &self.planes[y * self.next_row + x..];
+        let stride = self.row.next_multiple_of(LANES);
+        let weights = self.weights.chunks_exact(self.positions.len());
+        for (weights, sums) in weights.zip(self.sums.chunks_exact_mut(self.block_length)) {
+            let totals = tile::<S, OUTPUTS, VECTORS>(
+                simd,
+                planes,
+                &self.positions[run.clone()],
+                &weights[run.clone()],
+            );
+            for (o, totals) in totals.iter().enumerate() {
+                let sums = &mut sums[(y * OUTPUTS + o) * stride + x..][..VECTORS * S::F32_LANES];
+                let sums = S::as_mut_simd_f32s(sums).0;
+                sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = simd.add_f32s(*sum, *total));
+            }
+        }
     }
 }

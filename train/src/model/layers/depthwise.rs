@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::written;
-use super::convolution::{Geometry, InputPhase, STEP, split_phases, zeroed};
+use super::convolution::{Geometry, PaddedGradient, STEP, split_phases, zeroed};
 
 /// Number of vectors of positions that are computed together.
 const VECTORS: usize = 3;
@@ -46,20 +46,13 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
 
 /// dL/d(input) from dL/d(output): for each phase of the input, a convolution with the taps that read it, flipped.
 pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], weight: &[f32]) -> Vec<f32> {
-    let (reach, [height, width]) = (g.reach(), g.output());
-    let columns = width + 2 * reach;
-    let padded_length = (height + 2 * reach) * columns + g.slack();
-    let phases: Vec<InputPhase> = (0..g.phases() * g.phases())
-        .map(|phase| InputPhase::new(g, [phase / g.phases(), phase % g.phases()], columns, padded_length))
-        .collect();
-    let taps = g.kernel * g.kernel;
-    let planes = output_gradient.len() / (height * width);
+    let padding = PaddedGradient::new(g);
+    let (phases, columns) = (padding.phases(g), padding.size[1]);
+    let (taps, area) = (g.kernel * g.kernel, g.output().iter().product::<usize>());
+    let planes = output_gradient.len() / area;
     written(planes * g.input_length(), g.input_length(), |scratch: &mut Scratch, plane, gradient| {
-        let padded = zeroed(&mut scratch.planes, padded_length);
-        let source = &output_gradient[plane * height * width..][..height * width];
-        for (y, row) in source.chunks_exact(width).enumerate() {
-            padded[(y + reach) * columns + reach..][..width].copy_from_slice(row);
-        }
+        let padded = zeroed(&mut scratch.planes, padding.length(g));
+        padding.copy(g, &output_gradient[plane * area..][..area], padded);
         let weight = &weight[plane % channels * taps..][..taps];
         for phase in &phases {
             let mut weights = [0.0; MOST_TAPS];
@@ -129,7 +122,7 @@ impl WithSimd for Taps<'_> {
             let mut sums = [simd.splat_f32s(0.0); VECTORS];
             let plane = &self.plane[position..];
             for (&tap, &weight) in self.taps.iter().zip(self.weights) {
-                // PERF: nothing in the loop may panic; see `TapBlock::tile` in `convolution.rs`.
+                // PERF: nothing in the loop may panic; see `tile` in `convolution.rs`.
                 let Some(values) = plane.get(tap..tap + width) else { break };
                 let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
                 let weight = simd.splat_f32s(weight);

@@ -1,10 +1,10 @@
-//! Convolution as a matrix product on the CPU: 1 x 1 convolutions, and those with many channels and small
-//! maps.
+//! Convolution as a matrix product on the CPU, forward and the input gradient: 1 x 1 convolutions, and those with many
+//! channels and small maps.
 //!
 //! A 1 x 1 convolution is a matrix product. For a larger kernel the inputs of each output are first copied
 //! into a column (im2col); that pays for maps so small that the padding of `convolution.rs` would be most of
-//! the work. Each product runs on one thread: work is divided by groups of images, or by outputs for the
-//! weight gradient, so results do not depend on the number of threads.
+//! the work. Each product runs on one thread: work is divided by groups of images, so results do not depend on the number
+//! of threads.
 
 use gemm::{Parallelism, gemm};
 
@@ -12,14 +12,11 @@ use super::buffer::written;
 use super::convolution::{Geometry, zeroed};
 
 /// Columns that a product should have; several small images share one product.
-const COLUMNS: usize = 256;
+const COLUMNS: usize = 128;
 
 /// Fewest input channels (WIDE) and most output positions (SMALL) for which kernels larger than 1 x 1 use a product.
 const WIDE: usize = 256;
 const SMALL: usize = 64;
-
-/// Number of tasks of the weight gradient.
-const TASKS: usize = 16;
 
 /// Whether this module computes the convolution.
 pub fn fits(g: &Geometry) -> bool {
@@ -99,24 +96,6 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
         for (row, product) in product.chunks_exact(columns).enumerate() {
             scatter(g, product, row, gradient);
         }
-    })
-}
-
-/// dL/d(weight), `[out, in, k, k]`.
-pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-    let (area, rows) = (area(g), rows(g));
-    let columns = g.images * area;
-    let patches = written(rows * columns, columns, |_: &mut (), row, to| gather(g, input, row, to));
-    let patches = Matrix { values: &patches, columns, transposed: true };
-    let block = g.channels_out.div_ceil(TASKS);
-    written(g.channels_out * rows, block * rows, |scratch: &mut Scratch, chunk, gradient| {
-        let outputs = gradient.len() / rows;
-        let source = zeroed(&mut scratch.product, outputs * columns);
-        for (o, to) in source.chunks_exact_mut(columns).enumerate() {
-            beside(output_gradient, (g.channels_out * area, area), chunk * block + o, to);
-        }
-        let source = Matrix { values: source, columns, transposed: false };
-        multiply([outputs, columns, rows], source, patches, gradient);
     })
 }
 
