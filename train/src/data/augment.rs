@@ -7,6 +7,7 @@ use rand::{Rng, RngExt};
 
 use super::preprocessing::Preprocessing;
 use crate::error::check;
+use crate::vectors::vectorised;
 use crate::{Error, Result};
 
 /// How training pictures are varied.
@@ -179,14 +180,18 @@ impl Cropper {
         pixels.resize(start + 3 * size * size, 0.0);
         let (row, preprocessing) = (&mut self.row, &self.preprocessing);
         let target = &mut pixels[start..];
-        // Uses the widest vectors of the processor; the results have the same bits with any width.
-        let arch = pulp::Arch::new();
         if self.resized.pixel_type() == PixelType::F32x3 {
             let floats: Vec<f32> = bytemuck::pod_collect_to_vec(self.resized.buffer());
-            arch.dispatch(|| write_planes(&floats, size, flip, jitter, preprocessing, row, target));
+            vectorised(
+                #[inline(always)]
+                || write_planes(&floats, size, flip, jitter, preprocessing, row, target),
+            );
         } else {
             let bytes = self.resized.buffer();
-            arch.dispatch(|| write_planes(bytes, size, flip, jitter, preprocessing, row, target));
+            vectorised(
+                #[inline(always)]
+                || write_planes(bytes, size, flip, jitter, preprocessing, row, target),
+            );
         }
     }
 }

@@ -154,17 +154,18 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
         weight[(o * g.channels_in + i) * taps.len() + t]
     });
     let offsets = channel_offsets(g.channels_in, g.channel_length(), &taps, 0);
+    let phases = PhasePlanes::new(g);
     let [height, width] = g.output();
     let columns = g.phase_plane()[1];
     written(g.images * g.output_length(), g.output_length(), |scratch: &mut Scratch, image, output| {
         let input = &input[image * g.input_length()..][..g.input_length()];
         let planes = zeroed(&mut scratch.planes, g.channels_in * g.channel_length());
-        split_phases(g, input, planes, g.channel_length());
+        phases.split(g.input, input, planes, g.channel_length());
         let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
         product.run(&mut scratch.accumulators, |o, flat| {
             let plane = &mut output[o * height * width..][..height * width];
             for (row, flat) in plane.chunks_exact_mut(width).zip(flat.chunks(columns)) {
-                row.copy_from_slice(&flat[..width]);
+                copy(&flat[..width], row);
             }
         });
     })
@@ -264,20 +265,26 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
         .map_init(Scratch::default, |scratch, task| run(scratch, task))
         .collect();
 
-    let taps = g.kernel * g.kernel;
-    written(g.channels_out * g.channels_in * taps, g.channels_in * taps, |_: &mut (), output, gradient| {
-        let (part, output) = (output / tasks.outputs, output % tasks.outputs);
-        for sums in sums[part..].iter().step_by(tasks.parts) {
-            let block = &sums[output / tasks.block * block_length..][..block_length];
-            for (y, kernel_row) in block.chunks_exact(block_length / g.kernel).enumerate() {
-                let sums = &kernel_row[output % tasks.block * row.next_multiple_of(LANES)..][..row];
-                for (x, sums) in sums.chunks_exact(g.channels_in).enumerate() {
-                    let to = gradient[y * g.kernel + x..].iter_mut().step_by(taps);
-                    to.zip(sums).for_each(|(to, sum)| *to += *sum);
+    let (taps, stride) = (g.kernel * g.kernel, row.next_multiple_of(LANES));
+    written(
+        g.channels_out * g.channels_in * taps,
+        g.channels_in * taps,
+        |total: &mut Vec<f32>, output, gradient| {
+            let (part, output) = (output / tasks.outputs, output % tasks.outputs);
+            let total = zeroed(total, g.kernel * row);
+            for sums in sums[part..].iter().step_by(tasks.parts) {
+                let block = &sums[output / tasks.block * block_length..][..block_length];
+                let kernel_rows = block.chunks_exact(tasks.block * stride);
+                for (total, kernel_row) in total.chunks_exact_mut(row).zip(kernel_rows) {
+                    let sums = &kernel_row[output % tasks.block * stride..][..row];
+                    total.iter_mut().zip(sums).for_each(|(total, sum)| *total += *sum);
                 }
             }
-        }
-    })
+            for (tap, total) in total.chunks_exact(g.channels_in).enumerate() {
+                gradient[tap..].iter_mut().step_by(taps).zip(total).for_each(|(to, total)| *to = *total);
+            }
+        },
+    )
 }
 
 /// How the weight gradient is divided into tasks: by groups of images, whose sums are added in the end, and by parts of the
@@ -330,38 +337,93 @@ pub(super) fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
     buffer
 }
 
-/// Copies an image into zeroed phase planes; channel c starts at `c * channel_length`.
-pub(super) fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], channel_length: usize) {
-    let [height, width] = g.input;
-    let [rows, columns] = g.phase_plane();
-    let [above, left] = g.before();
-    for (c, source) in input.chunks_exact(height * width).enumerate() {
-        for phase_y in 0..g.phases() {
-            for phase_x in 0..g.phases() {
-                let phase = phase_y * g.phases() + phase_x;
-                let plane = &mut planes[c * channel_length + phase * g.plane_length()..][..rows * columns];
-                for (y, row) in plane.chunks_exact_mut(columns).enumerate() {
-                    let Some(source_y) = (g.stride * y + phase_y).checked_sub(above) else { continue };
-                    if source_y >= height {
-                        continue;
-                    }
-                    let source = &source[source_y * width..][..width];
-                    // The first column of the plane that is inside the image.
-                    let first = left.saturating_sub(phase_x).div_ceil(g.stride);
-                    let Some(row) = row.get_mut(first..) else { continue };
-                    let from = g.stride * first + phase_x - left;
-                    let Some(source) = source.get(from..) else { continue };
-                    if g.stride == 1 {
-                        let length = row.len().min(source.len());
-                        row[..length].copy_from_slice(&source[..length]);
-                    } else {
-                        row.iter_mut()
-                            .zip(source.iter().step_by(g.stride))
-                            .for_each(|(to, from)| *to = *from);
-                    }
+/// How an image is copied into phase planes.
+pub(super) struct PhasePlanes {
+    stride: usize,
+    /// Columns of a plane.
+    columns: usize,
+    phases: Vec<PhaseCopy>,
+}
+
+/// The rectangle of one phase that lies in the image.
+struct PhaseCopy {
+    /// Its first position among the phase planes of a channel.
+    start: usize,
+    /// Its first row and column in the image.
+    first: [usize; 2],
+    rows: usize,
+    columns: usize,
+}
+
+impl PhasePlanes {
+    pub(super) fn new(g: &Geometry) -> Self {
+        let columns = g.phase_plane()[1];
+        let copy = |phase: usize| {
+            let place = PhasePlace::both(g, [phase / g.phases(), phase % g.phases()]);
+            let [row, column] = place.map(|axis| axis.within);
+            let start = phase * g.plane_length() + row * columns + column;
+            let [rows, columns] = place.map(|axis| axis.count);
+            PhaseCopy { start, first: place.map(|axis| axis.first), rows, columns }
+        };
+        let phases = (0..g.phases() * g.phases()).map(copy);
+        Self {
+            stride: g.stride,
+            columns,
+            phases: phases.filter(|phase| phase.rows > 0 && phase.columns > 0).collect(),
+        }
+    }
+
+    /// Copies an image into zeroed phase planes; channel c starts at `c * channel_length`.
+    pub(super) fn split(
+        &self,
+        [height, width]: [usize; 2],
+        input: &[f32],
+        planes: &mut [f32],
+        channel_length: usize,
+    ) {
+        for phase in &self.phases {
+            for (c, source) in input.chunks_exact(height * width).enumerate() {
+                let plane = planes[c * channel_length + phase.start..].chunks_mut(self.columns);
+                let source = source[phase.first[0] * width..].chunks_exact(width).step_by(self.stride);
+                for (to, from) in plane.zip(source).take(phase.rows) {
+                    copy_strided(&from[phase.first[1]..], self.stride, &mut to[..phase.columns]);
                 }
             }
         }
+    }
+}
+
+/// Copies every `stride`th value of a row.
+fn copy_strided(from: &[f32], stride: usize, to: &mut [f32]) {
+    match stride {
+        1 => copy(&from[..to.len()], to),
+        // PERF: the compiler vectorises a constant stride alone.
+        2 => to.iter_mut().zip(from.chunks(2)).for_each(|(to, from)| *to = from[0]),
+        stride => to.iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, from)| *to = *from),
+    }
+}
+
+/// Copies a row.
+// PERF: most rows are so short that a call of memcpy takes longer than the copy.
+#[inline(always)]
+pub(super) fn copy(from: &[f32], to: &mut [f32]) {
+    match to.len() {
+        4..=8 => copy_ends::<4>(from, to),
+        9..=16 => copy_ends::<8>(from, to),
+        17..=32 => copy_ends::<16>(from, to),
+        _ => to.copy_from_slice(from),
+    }
+}
+
+/// Copies a row of N to 2 N values: its first N, then its last N.
+#[inline(always)]
+fn copy_ends<const N: usize>(from: &[f32], to: &mut [f32]) {
+    let (Some(first), Some(last)) = (from.first_chunk::<N>(), from.last_chunk::<N>()) else { return };
+    if let Some(to) = to.first_chunk_mut::<N>() {
+        *to = *first;
+    }
+    if let Some(to) = to.last_chunk_mut::<N>() {
+        *to = *last;
     }
 }
 
@@ -377,7 +439,7 @@ impl PaddedGradient {
     pub(super) fn new(g: &Geometry) -> Self {
         let (mut size, mut lead) = ([0; 2], [0; 2]);
         for axis in 0..2 {
-            let extents = (0..g.phases()).map(|phase| PhaseExtent::new(g, axis, phase));
+            let extents = (0..g.phases()).map(|phase| PhasePlace::new(g, axis, phase));
             // Position q of a phase reads the gradient's outputs q - reach to q.
             let first = extents.clone().map(|extent| extent.within).min().unwrap_or(0).min(g.reach());
             let end = extents.map(|extent| extent.within + extent.count).max().unwrap_or(0);
@@ -398,7 +460,7 @@ impl PaddedGradient {
         for (row, to) in
             gradient.chunks_exact(width).zip(plane.chunks_exact_mut(self.size[1]).skip(self.lead[0]))
         {
-            to[self.lead[1]..][..width].copy_from_slice(row);
+            copy(row, &mut to[self.lead[1]..][..width]);
         }
     }
 
@@ -410,7 +472,8 @@ impl PaddedGradient {
 }
 
 /// The part of one phase of the input that lies in the image, along one axis.
-struct PhaseExtent {
+#[derive(Clone, Copy)]
+struct PhasePlace {
     /// First position of the phase.
     within: usize,
     /// The same, as a position of the image.
@@ -419,7 +482,7 @@ struct PhaseExtent {
     count: usize,
 }
 
-impl PhaseExtent {
+impl PhasePlace {
     fn new(g: &Geometry, axis: usize, phase: usize) -> Self {
         // Position q of the phase is input row stride * q + phase - padding.
         let within = g.before()[axis].saturating_sub(phase).div_ceil(g.stride);
@@ -427,6 +490,10 @@ impl PhaseExtent {
         let last = g.output()[axis] + g.reach();
         let inside = g.input[axis].saturating_sub(first).div_ceil(g.stride);
         Self { within, first, count: inside.min(last.saturating_sub(within)) }
+    }
+
+    fn both(g: &Geometry, phase: [usize; 2]) -> [Self; 2] {
+        [0, 1].map(|axis| Self::new(g, axis, phase[axis]))
     }
 }
 
@@ -445,7 +512,7 @@ pub(super) struct InputPhase {
 impl InputPhase {
     fn new(g: &Geometry, padded: &PaddedGradient, phase: [usize; 2]) -> Self {
         let (reach, columns) = (g.reach(), padded.size[1]);
-        let [rows_in, columns_in] = [0, 1].map(|axis| PhaseExtent::new(g, axis, phase[axis]));
+        let place = PhasePlace::both(g, phase);
         let (mut kernel_taps, mut taps) = (Vec::new(), Vec::new());
         for y in (phase[0]..g.kernel).step_by(g.stride) {
             for x in (phase[1]..g.kernel).step_by(g.stride) {
@@ -453,14 +520,13 @@ impl InputPhase {
                 taps.push((reach - y / g.stride) * columns + reach - x / g.stride);
             }
         }
-        let [row, column] =
-            [0, 1].map(|axis| [&rows_in, &columns_in][axis].within + padded.lead[axis] - reach);
+        let [row, column] = [0, 1].map(|axis| place[axis].within + padded.lead[axis] - reach);
         let offsets = channel_offsets(g.channels_out, padded.length(g), &taps, row * columns + column);
         Self {
             kernel_taps,
             offsets,
-            first: [rows_in.first, columns_in.first],
-            count: [rows_in.count, columns_in.count],
+            first: place.map(|axis| axis.first),
+            count: place.map(|axis| axis.count),
         }
     }
 

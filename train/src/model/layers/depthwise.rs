@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::written;
-use super::convolution::{Geometry, PaddedGradient, STEP, split_phases, zeroed};
+use super::convolution::{Geometry, PaddedGradient, PhasePlanes, STEP, copy, zeroed};
 
 /// Number of vectors of positions that are computed together.
 const VECTORS: usize = 3;
@@ -23,12 +23,17 @@ struct Scratch {
 
 /// `[N, C, H', W']` from `[N, C, H, W]` and `[C, 1, k, k]`. `g` is the geometry of one plane.
 pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> Vec<f32> {
-    let (taps, [height, width]) = (g.taps(), g.output());
+    let (taps, phases, [height, width]) = (g.taps(), PhasePlanes::new(g), g.output());
     let columns = g.phase_plane()[1];
     let planes = input.len() / g.input_length();
     written(planes * height * width, height * width, |scratch: &mut Scratch, plane, output| {
         let padded = zeroed(&mut scratch.planes, g.channel_length());
-        split_phases(g, &input[plane * g.input_length()..][..g.input_length()], padded, g.channel_length());
+        phases.split(
+            g.input,
+            &input[plane * g.input_length()..][..g.input_length()],
+            padded,
+            g.channel_length(),
+        );
         let weights = &weight[plane % channels * taps.len()..][..taps.len()];
         let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
         Arch::new().dispatch(Taps {
@@ -39,7 +44,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
             out: flat,
         });
         for (row, flat) in output.chunks_exact_mut(width).zip(flat.chunks(columns)) {
-            row.copy_from_slice(&flat[..width]);
+            copy(&flat[..width], row);
         }
     })
 }
@@ -74,7 +79,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
 
 /// dL/d(weight), `[C, 1, k, k]`.
 pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-    let (taps, [height, width]) = (g.taps(), g.output());
+    let (taps, phases, [height, width]) = (g.taps(), PhasePlanes::new(g), g.output());
     let columns = g.phase_plane()[1];
     let images = input.len() / g.input_length() / channels;
     let mut gradient = vec![0.0; channels * taps.len()];
@@ -85,12 +90,12 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
             let plane = image * channels + channel;
             let padded = zeroed(&mut scratch.planes, g.channel_length());
             let source = &input[plane * g.input_length()..][..g.input_length()];
-            split_phases(g, source, padded, g.channel_length());
+            phases.split(g.input, source, padded, g.channel_length());
             // Zero at positions that are not outputs.
             let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
             let source = &output_gradient[plane * height * width..][..height * width];
             for (to, row) in flat.chunks_mut(columns).zip(source.chunks_exact(width)) {
-                to[..width].copy_from_slice(row);
+                copy(row, &mut to[..width]);
             }
             let (positions, sums) = (g.positions(), &mut sums[..taps.len()]);
             Arch::new().dispatch(Correlate { plane: padded, taps: &taps, flat, positions, sums });

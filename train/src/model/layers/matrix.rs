@@ -9,7 +9,7 @@
 use gemm::{Parallelism, gemm};
 
 use super::buffer::written;
-use super::convolution::{Geometry, zeroed};
+use super::convolution::{Geometry, copy, zeroed};
 
 /// Columns that a product should have; several small images share one product.
 const COLUMNS: usize = 128;
@@ -67,7 +67,7 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
         multiply([g.channels_out, rows, columns], weight, patches, product);
         for (o, product) in product.chunks_exact(columns).enumerate() {
             for (image, from) in product.chunks_exact(area).enumerate() {
-                output[image * output_length + o * area..][..area].copy_from_slice(from);
+                copy(from, &mut output[image * output_length + o * area..][..area]);
             }
         }
     })
@@ -102,7 +102,7 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
 /// Copies the planes of one channel of all images to `to`, one after the other.
 fn beside(images: &[f32], (length, area): (usize, usize), channel: usize, to: &mut [f32]) {
     for (image, to) in images.chunks_exact(length).zip(to.chunks_exact_mut(area)) {
-        to.copy_from_slice(&image[channel * area..][..area]);
+        copy(&image[channel * area..][..area], to);
     }
 }
 
@@ -134,7 +134,7 @@ fn gather(g: &Geometry, input: &[f32], row: usize, to: &mut [f32]) {
     for (image, to) in input.chunks_exact(g.input_length()).zip(to.chunks_exact_mut(area)) {
         let plane = &image[channel * height * width..][..height * width];
         if is_pointwise(g) {
-            to.copy_from_slice(plane);
+            copy(plane, to);
             continue;
         }
         within(g, row, |source, y, first, count, from| {

@@ -3,11 +3,14 @@
 //! Separate operations would each read and write every activation; these passes read it once forward and
 //! twice backward. Sums are in f32 within a plane and in f64 across planes, in a fixed order.
 
-use pulp::Arch;
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Activation;
 use super::buffer::written;
+use crate::vectors::vectorised;
 
 /// Activations `[N, C, H, W]` as planes of H * W floats.
 #[derive(Debug, Clone, Copy)]
@@ -19,14 +22,9 @@ pub struct Planes {
 }
 
 impl Planes {
-    fn image(&self) -> usize {
-        self.channels * self.area
-    }
-
-    /// The planes of one channel, image by image.
-    fn channel<'a>(&self, values: &'a [f32], channel: usize) -> impl Iterator<Item = &'a [f32]> + use<'a> {
-        let Self { area, .. } = *self;
-        values.chunks_exact(self.image()).map(move |image| &image[channel * area..][..area])
+    /// Planes in a task.
+    fn together(&self) -> usize {
+        (CHUNK / self.area.max(1)).max(1)
     }
 }
 
@@ -62,61 +60,176 @@ impl Normalisation<'_> {
         Affine { scale, shift: self.beta[channel] - scale * self.mean[channel] }
     }
 
+    fn gate(&self, channel: usize) -> Gate {
+        Gate { affine: self.affine(channel), range: self.activation.range() }
+    }
+
     fn inverse_deviation(&self, channel: usize) -> f32 {
         1.0 / (self.variance[channel] + self.epsilon).sqrt()
     }
 }
 
-/// Lanes of a sum, the same for all instruction sets: two registers of AVX2.
-const LANES: usize = 16;
-
-/// Sums of `terms(x, y)` over two planes, all in one pass.
-#[inline(always)]
-fn sums<const SUMS: usize>(x: &[f32], y: &[f32], terms: impl Fn(f32, f32) -> [f32; SUMS]) -> [f64; SUMS] {
-    let mut lanes = [[0.0f32; LANES]; SUMS];
-    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-    for (x, y) in x.iter().zip(y) {
-        for lane in 0..LANES {
-            let terms = terms(x[lane], y[lane]);
-            for s in 0..SUMS {
-                lanes[s][lane] += terms[s];
-            }
-        }
-    }
-    let mut rest = [0.0; SUMS];
-    for (&x, &y) in x_rest.iter().zip(y_rest) {
-        rest.iter_mut().zip(terms(x, y)).for_each(|(rest, term)| *rest += term);
-    }
-    std::array::from_fn(|s| lanes[s].iter().map(|&sum| f64::from(sum)).sum::<f64>() + f64::from(rest[s]))
+/// Terms of sums over pairs of values.
+trait Terms<const SUMS: usize> {
+    fn of<S: Simd>(&self, simd: S, x: S::f32s, y: S::f32s) -> [S::f32s; SUMS];
 }
 
-/// The sum of `term(x)` over planes, with the instruction set of this processor.
-fn sum<'a>(planes: impl Iterator<Item = &'a [f32]>, term: impl Fn(f32) -> f32) -> f64 {
-    let arch = Arch::new();
-    planes.map(|plane| arch.dispatch(|| sums(plane, plane, |x, _| [term(x)])[0])).sum()
+/// Sums over a pair of planes, all in one pass.
+struct Sums<'a, T, const SUMS: usize> {
+    x: &'a [f32],
+    y: &'a [f32],
+    terms: T,
+}
+
+impl<T: Terms<SUMS>, const SUMS: usize> WithSimd for Sums<'_, T, SUMS> {
+    type Output = [f32; SUMS];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> [f32; SUMS] {
+        let ((x, x_rest), (y, y_rest)) = (S::as_simd_f32s(self.x), S::as_simd_f32s(self.y));
+        let rest = self.terms.of(simd, simd.partial_load_f32s(x_rest), simd.partial_load_f32s(y_rest));
+        let inside = simd.mask_between_m32s(0, x_rest.len() as u32).mask();
+        let mut sums = [simd.splat_f32s(0.0); SUMS];
+        for s in 0..SUMS {
+            sums[s] = simd.select_f32s(inside, rest[s], sums[s]);
+        }
+        for (&x, &y) in x.iter().zip(y) {
+            let terms = self.terms.of(simd, x, y);
+            for s in 0..SUMS {
+                sums[s] = simd.add_f32s(sums[s], terms[s]);
+            }
+        }
+        std::array::from_fn(|s| simd.reduce_sum_f32s(sums[s]))
+    }
+}
+
+/// Two values of every plane, from its channel and its place in all planes.
+fn of_planes(
+    planes: Planes,
+    length: usize,
+    values: impl Fn(usize, Range<usize>) -> [f32; 2] + Sync,
+) -> Vec<[f32; 2]> {
+    let plane = |plane| values(plane % planes.channels, plane * planes.area..(plane + 1) * planes.area);
+    (0..length / planes.area).into_par_iter().with_min_len(planes.together()).map(plane).collect()
+}
+
+/// Two values of every channel, `[2, C]`.
+fn of_channels(channels: usize, values: impl Fn(usize) -> [f32; 2]) -> Vec<f32> {
+    let (first, second): (Vec<f32>, Vec<f32>) = (0..channels).map(|channel| values(channel).into()).unzip();
+    [first, second].concat()
+}
+
+/// x itself.
+struct Value;
+
+impl Terms<1> for Value {
+    #[inline(always)]
+    fn of<S: Simd>(&self, _: S, x: S::f32s, _: S::f32s) -> [S::f32s; 1] {
+        [x]
+    }
+}
+
+/// The squared deviation of x from the mean.
+struct Square {
+    mean: f32,
+}
+
+impl Terms<1> for Square {
+    #[inline(always)]
+    fn of<S: Simd>(&self, simd: S, x: S::f32s, _: S::f32s) -> [S::f32s; 1] {
+        let deviation = simd.sub_f32s(x, simd.splat_f32s(self.mean));
+        [simd.mul_f32s(deviation, deviation)]
+    }
+}
+
+/// The gradient of the normalised input: itself, and times the deviation of the input x from the mean.
+struct Passed {
+    gate: Gate,
+    mean: f32,
+}
+
+impl Terms<2> for Passed {
+    #[inline(always)]
+    fn of<S: Simd>(&self, simd: S, x: S::f32s, dy: S::f32s) -> [S::f32s; 2] {
+        let passed = self.gate.pass(simd, x, dy);
+        [passed, simd.mul_f32s(passed, simd.sub_f32s(x, simd.splat_f32s(self.mean)))]
+    }
+}
+
+/// Which outputs of an affine map and its activation pass on their gradient.
+#[derive(Clone, Copy)]
+struct Gate {
+    affine: Affine,
+    range: [f32; 2],
+}
+
+impl Gate {
+    /// `dy` where the output of x is strictly inside the range, else 0.
+    #[inline(always)]
+    fn pass<S: Simd>(self, simd: S, x: S::f32s, dy: S::f32s) -> S::f32s {
+        let [scale, shift, floor, ceiling] =
+            [self.affine.scale, self.affine.shift, self.range[0], self.range[1]]
+                .map(|value| simd.splat_f32s(value));
+        let output = simd.add_f32s(simd.mul_f32s(scale, x), shift);
+        let inside = simd.and_m32s(simd.less_than_f32s(floor, output), simd.less_than_f32s(output, ceiling));
+        simd.select_f32s(inside, dy, simd.splat_f32s(0.0))
+    }
 }
 
 /// Mean and biased variance of every channel: `[2, C]`.
 pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
-    let count = (input.len() / planes.channels) as f64;
-    let (means, variances): (Vec<f32>, Vec<f32>) = (0..planes.channels)
-        .into_par_iter()
-        .map(|channel| {
-            let mean = (sum(planes.channel(input, channel), |x| x) / count) as f32;
-            let squares = sum(planes.channel(input, channel), |x| (x - mean) * (x - mean));
-            (mean, (squares / count) as f32)
-        })
-        .unzip();
-    [means, variances].concat()
+    let (arch, area) = (Arch::new(), planes.area as f64);
+    // Mean of every plane, and the sum of squared deviations from it.
+    let of_planes = of_planes(planes, input.len(), |_, within| {
+        let (x, y) = (&input[within.clone()], &input[within]);
+        let [sum] = arch.dispatch(Sums { x, y, terms: Value });
+        let mean = sum / planes.area as f32;
+        let [squares] = arch.dispatch(Sums { x, y, terms: Square { mean } });
+        [mean, squares]
+    });
+    let count = (of_planes.len() / planes.channels) as f64;
+    of_channels(planes.channels, |channel| {
+        let images =
+            || of_planes[channel..].iter().step_by(planes.channels).map(|values| values.map(f64::from));
+        let mean = images().map(|[mean, _]| mean).sum::<f64>() / count;
+        let squares: f64 =
+            images().map(|[plane, squares]| squares + area * (plane - mean) * (plane - mean)).sum();
+        [mean as f32, (squares / (count * area)) as f32]
+    })
+}
+
+/// Calls `plane(output, channel, where the plane is in all)` for every plane of a new buffer.
+fn written_planes(
+    planes: Planes,
+    length: usize,
+    write: impl Fn(&mut [f32], usize, Range<usize>) + Sync,
+) -> Vec<f32> {
+    let together = planes.together();
+    written(length, together * planes.area, |_: &mut (), chunk, output| {
+        for (plane, output) in output.chunks_exact_mut(planes.area).enumerate() {
+            let plane = chunk * together + plane;
+            write(output, plane % planes.channels, plane * planes.area..(plane + 1) * planes.area);
+        }
+    })
 }
 
 /// `y = activation(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 pub fn forward(planes: Planes, input: &[f32], n: &Normalisation<'_>) -> Vec<f32> {
-    written(input.len(), planes.area, |_: &mut (), plane, output| {
-        let Affine { scale, shift } = n.affine(plane % planes.channels);
-        let [floor, ceiling] = n.activation.range();
-        let input = &input[plane * planes.area..][..planes.area];
-        output.iter_mut().zip(input).for_each(|(y, x)| *y = (scale * x + shift).max(floor).min(ceiling));
+    let affine: Vec<Affine> = (0..planes.channels).map(|channel| n.affine(channel)).collect();
+    let [floor, ceiling] = n.activation.range();
+    written_planes(planes, input.len(), |output, channel, within| {
+        let (Affine { scale, shift }, input) = (affine[channel], &input[within]);
+        vectorised(
+            #[inline(always)]
+            || {
+                output.iter_mut().zip(input).for_each(|(y, x)| {
+                    // A comparison with NaN is false: NaN stays.
+                    let value = scale * x + shift;
+                    let value = if value < floor { floor } else { value };
+                    *y = if value > ceiling { ceiling } else { value };
+                });
+            },
+        );
     })
 }
 
@@ -128,26 +241,19 @@ pub fn parameter_gradient(
     n: &Normalisation<'_>,
 ) -> Vec<f32> {
     let arch = Arch::new();
-    let (gamma, beta): (Vec<f32>, Vec<f32>) = (0..planes.channels)
-        .into_par_iter()
-        .map(|channel| {
-            let (affine, mean, range) = (n.affine(channel), n.mean[channel], n.activation.range());
-            let pairs = planes.channel(input, channel).zip(planes.channel(output_gradient, channel));
-            let (mut sum, mut dot) = (0.0, 0.0);
-            for (x, dy) in pairs {
-                let both = arch.dispatch(|| {
-                    sums(x, dy, |x, dy| {
-                        let passed = passed(range, affine, x, dy);
-                        [passed, passed * (x - mean)]
-                    })
-                });
-                sum += both[0];
-                dot += both[1];
-            }
-            ((dot * f64::from(n.inverse_deviation(channel))) as f32, sum as f32)
-        })
-        .unzip();
-    [gamma, beta].concat()
+    let gates: Vec<Gate> = (0..planes.channels).map(|channel| n.gate(channel)).collect();
+    let of_planes = of_planes(planes, input.len(), |channel, within| {
+        let terms = Passed { gate: gates[channel], mean: n.mean[channel] };
+        arch.dispatch(Sums { x: &input[within.clone()], y: &output_gradient[within], terms })
+    });
+    of_channels(planes.channels, |channel| {
+        let (mut sum, mut dot) = (0.0, 0.0);
+        for [plane_sum, plane_dot] in of_planes[channel..].iter().step_by(planes.channels) {
+            sum += f64::from(*plane_sum);
+            dot += f64::from(*plane_dot);
+        }
+        [(dot * f64::from(n.inverse_deviation(channel))) as f32, sum as f32]
+    })
 }
 
 /// dL/d(input) from dL/d(output) and the result of [`parameter_gradient`].
@@ -160,48 +266,101 @@ pub fn input_gradient(
 ) -> Vec<f32> {
     let count = (input.len() / planes.channels) as f32;
     let (gamma, beta) = parameter_gradient.split_at(planes.channels);
-    written(input.len(), planes.area, |_: &mut (), plane, gradient| {
-        let channel = plane % planes.channels;
-        let (affine, mean, range) = (n.affine(channel), n.mean[channel], n.activation.range());
-        // If the statistics are the batch's, the gradient's mean and its projection on the normalised input
-        // are subtracted.
-        let (mean_gradient, projection) = if n.from_batch {
-            (beta[channel] / count, gamma[channel] / count * n.inverse_deviation(channel))
-        } else {
-            (0.0, 0.0)
-        };
-        let within = plane * planes.area..(plane + 1) * planes.area;
-        let (input, output_gradient) = (&input[within.clone()], &output_gradient[within]);
-        for ((to, &x), &dy) in gradient.iter_mut().zip(input).zip(output_gradient) {
-            let dz = passed(range, affine, x, dy);
-            *to = affine.scale * (dz - mean_gradient - (x - mean) * projection);
-        }
+    let channels: Vec<InputGradient> = (0..planes.channels)
+        .map(|channel| {
+            let (mean_gradient, projection) = if n.from_batch {
+                (beta[channel] / count, gamma[channel] / count * n.inverse_deviation(channel))
+            } else {
+                (0.0, 0.0)
+            };
+            InputGradient { gate: n.gate(channel), mean: n.mean[channel], mean_gradient, projection }
+        })
+        .collect();
+    let arch = Arch::new();
+    written_planes(planes, input.len(), |gradient, channel, within| {
+        let (x, dy) = (&input[within.clone()], &output_gradient[within]);
+        arch.dispatch(WriteInputGradient { channel: channels[channel], x, dy, gradient });
     })
 }
 
-/// The gradient of the activation's input: `dy` where the output is inside the range, else 0.
-#[inline(always)]
-fn passed([floor, ceiling]: [f32; 2], affine: Affine, x: f32, dy: f32) -> f32 {
-    let output = affine.scale * x + affine.shift;
-    if output <= floor || output >= ceiling { 0.0 } else { dy }
+/// What the gradient of a channel's input depends on.
+#[derive(Clone, Copy)]
+struct InputGradient {
+    gate: Gate,
+    mean: f32,
+    /// If the statistics are the batch's: the gradient's mean and its projection on the normalised input, which are
+    /// subtracted. Else 0.
+    mean_gradient: f32,
+    projection: f32,
+}
+
+impl InputGradient {
+    #[inline(always)]
+    fn of<S: Simd>(self, simd: S, x: S::f32s, dy: S::f32s) -> S::f32s {
+        let [scale, mean, mean_gradient, projection] =
+            [self.gate.affine.scale, self.mean, self.mean_gradient, self.projection]
+                .map(|value| simd.splat_f32s(value));
+        let dz = simd.sub_f32s(self.gate.pass(simd, x, dy), mean_gradient);
+        simd.mul_f32s(scale, simd.sub_f32s(dz, simd.mul_f32s(simd.sub_f32s(x, mean), projection)))
+    }
+}
+
+struct WriteInputGradient<'a> {
+    channel: InputGradient,
+    x: &'a [f32],
+    dy: &'a [f32],
+    gradient: &'a mut [f32],
+}
+
+impl WithSimd for WriteInputGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let ((x, x_rest), (dy, dy_rest)) = (S::as_simd_f32s(self.x), S::as_simd_f32s(self.dy));
+        let (to, to_rest) = S::as_mut_simd_f32s(self.gradient);
+        for ((to, &x), &dy) in to.iter_mut().zip(x).zip(dy) {
+            *to = self.channel.of(simd, x, dy);
+        }
+        let (x, dy) = (simd.partial_load_f32s(x_rest), simd.partial_load_f32s(dy_rest));
+        simd.partial_store_f32s(to_rest, self.channel.of(simd, x, dy));
+    }
 }
 
 /// `relu(a + b)`.
 pub fn add_relu(a: &[f32], b: &[f32]) -> Vec<f32> {
-    written(a.len(), CHUNK, |_: &mut (), chunk, output| {
-        let (a, b) = (&a[chunk * CHUNK..], &b[chunk * CHUNK..]);
-        output.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| *y = (a + b).max(0.0));
-    })
+    elementwise(
+        a,
+        b,
+        #[inline(always)]
+        |a, b| {
+            let sum = a + b;
+            if sum < 0.0 { 0.0 } else { sum }
+        },
+    )
 }
 
 /// dL/d(a) = dL/d(b) of [`add_relu`], from its output and dL/d(output).
 pub fn add_relu_gradient(output: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-    written(output.len(), CHUNK, |_: &mut (), chunk, gradient| {
-        let (output, output_gradient) = (&output[chunk * CHUNK..], &output_gradient[chunk * CHUNK..]);
-        let values = gradient.iter_mut().zip(output).zip(output_gradient);
-        values.for_each(|((to, &y), &dy)| *to = if y > 0.0 { dy } else { 0.0 });
+    elementwise(
+        output,
+        output_gradient,
+        #[inline(always)]
+        |y, dy| if y > 0.0 { dy } else { 0.0 },
+    )
+}
+
+fn elementwise(a: &[f32], b: &[f32], value: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
+    written(a.len(), CHUNK, |_: &mut (), chunk, output| {
+        let (a, b) = (&a[chunk * CHUNK..], &b[chunk * CHUNK..]);
+        vectorised(
+            #[inline(always)]
+            || {
+                output.iter_mut().zip(a).zip(b).for_each(|((to, &a), &b)| *to = value(a, b));
+            },
+        );
     })
 }
 
 /// Floats in a task of the elementwise passes.
-const CHUNK: usize = 1 << 14;
+const CHUNK: usize = 1 << 13;
