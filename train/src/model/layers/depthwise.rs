@@ -5,11 +5,14 @@
 //! pass and the input gradient; the weight gradient of a channel is summed image after image. So results do
 //! not depend on the number of threads.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::written;
-use super::convolution::{Geometry, PaddedGradient, PhasePlanes, STEP, copy, zeroed};
+use super::geometry::Geometry;
+use super::planes::{PaddedGradient, PhasePlanes, copy, zeroed};
+use super::taps::STEP;
+use crate::vectors::dispatch;
 
 /// Number of vectors of positions that are computed together.
 const VECTORS: usize = 3;
@@ -36,13 +39,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
         );
         let weights = &weight[plane % channels * taps.len()..][..taps.len()];
         let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
-        Arch::new().dispatch(Taps {
-            plane: padded,
-            taps: &taps,
-            weights,
-            positions: g.positions(),
-            out: flat,
-        });
+        dispatch(Taps { plane: padded, taps: &taps, weights, positions: g.positions(), out: flat });
         for (row, flat) in output.chunks_exact_mut(width).zip(flat.chunks(columns)) {
             copy(&flat[..width], row);
         }
@@ -65,7 +62,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
             touching.for_each(|(to, &tap)| *to = weight[tap]);
             let positions = phase.count[0] * columns;
             let flat = zeroed(&mut scratch.flat, positions + STEP);
-            Arch::new().dispatch(Taps {
+            dispatch(Taps {
                 plane: padded,
                 taps: &phase.offsets,
                 weights: &weights[..phase.offsets.len()],
@@ -98,7 +95,7 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
                 copy(row, &mut to[..width]);
             }
             let (positions, sums) = (g.positions(), &mut sums[..taps.len()]);
-            Arch::new().dispatch(Correlate { plane: padded, taps: &taps, flat, positions, sums });
+            dispatch(Correlate { plane: padded, taps: &taps, flat, positions, sums });
         }
         gradient.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum as f32);
     });
@@ -127,7 +124,7 @@ impl WithSimd for Taps<'_> {
             let mut sums = [simd.splat_f32s(0.0); VECTORS];
             let plane = &self.plane[position..];
             for (&tap, &weight) in self.taps.iter().zip(self.weights) {
-                // PERF: nothing in the loop may panic; see `tile` in `convolution.rs`.
+                // PERF: nothing in the loop may panic; see `tile` in `taps.rs`.
                 let Some(values) = plane.get(tap..tap + width) else { break };
                 let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
                 let weight = simd.splat_f32s(weight);

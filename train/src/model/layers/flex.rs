@@ -4,10 +4,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Shape, TensorData};
 
-use super::convolution::{self, Geometry};
+use super::geometry::Geometry;
 use super::normalisation::{self, Normalisation, Planes};
 use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
-use super::{depthwise, matrix};
+use super::{convolution, depthwise, matrix, weight_gradient};
 
 type CpuTensor = FloatTensor<Flex>;
 
@@ -155,7 +155,7 @@ impl LayerGradients for Flex {
         let values = if options.depthwise {
             depthwise::weight_gradient(&plane(&g), g.channels_in, input.get(), gradient.get())
         } else {
-            convolution::weight_gradient(&g, input.get(), gradient.get())
+            weight_gradient::weight_gradient(&g, input.get(), gradient.get())
         };
         tensor(values, weight.shape())
     }

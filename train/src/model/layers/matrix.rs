@@ -9,7 +9,8 @@
 use gemm::{Parallelism, gemm};
 
 use super::buffer::written;
-use super::convolution::{Geometry, copy, zeroed};
+use super::geometry::Geometry;
+use super::planes::{copy, zeroed};
 
 /// Columns that a product should have; several small images share one product.
 const COLUMNS: usize = 128;

@@ -6,7 +6,10 @@
 //!
 //! | file | operations |
 //! | --- | --- |
-//! | `convolution.rs`, `matrix.rs`, `depthwise.rs` | convolution and its two gradients |
+//! | `geometry.rs`, `planes.rs`, `taps.rs` | where the inputs of a convolution lie, how they are copied, and the sum over taps |
+//! | `convolution.rs`, `matrix.rs` | convolution and its input gradient, direct and as a matrix product |
+//! | `weight_gradient.rs` | its weight gradient |
+//! | `depthwise.rs` | depthwise convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
 //! | `buffer.rs` | result buffers of both |
 //! | `differentiation.rs` | the operations under autodiff |
@@ -20,9 +23,13 @@ mod cube;
 mod depthwise;
 mod differentiation;
 mod flex;
+mod geometry;
 mod matrix;
 pub mod normalisation;
 mod ops;
+mod planes;
+mod taps;
+mod weight_gradient;
 
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
@@ -130,4 +137,85 @@ pub struct NormaliseOptions {
     pub activation: Activation,
     /// Whether the statistics are the batch's own.
     pub from_batch: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::geometry::Geometry;
+    use super::normalisation::{self, Normalisation, Planes};
+    use super::{Activation, convolution, depthwise, weight_gradient};
+    use crate::vectors::tests::with_narrow_vectors;
+
+    fn values(count: usize, seed: u32) -> Vec<f32> {
+        (0..count as u32)
+            .map(|i| ((i + seed).wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
+            .collect()
+    }
+
+    /// Checks that vectors of any width give the same results but for rounding.
+    fn assert_any_width(what: &str, run: impl Fn() -> Vec<f32>) {
+        let wanted = run();
+        let scale = wanted.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+        for (width, got) in ["one lane", "8 lanes"].into_iter().zip(with_narrow_vectors(&run)) {
+            assert_eq!(got.len(), wanted.len());
+            let difference = got.iter().zip(&wanted).fold(0.0, |most: f32, (a, b)| most.max((a - b).abs()));
+            assert!(
+                difference <= 2e-5 * scale,
+                "{what} with {width}: off by {difference}, largest value {scale}"
+            );
+        }
+    }
+
+    #[test]
+    fn narrow_vectors_give_the_same_results() {
+        // Images, channels in and out, height, width, kernel, stride.
+        let shapes = [
+            [2, 3, 20, 12, 13, 7, 2],
+            [9, 20, 13, 3, 3, 3, 1],
+            [2, 16, 9, 24, 7, 3, 1],
+            [3, 33, 7, 6, 5, 1, 2],
+            [2, 264, 523, 3, 2, 3, 1],
+        ];
+        for [images, channels_in, channels_out, height, width, kernel, stride] in shapes {
+            let input = [height, width];
+            let padding = [[kernel / 2; 2]; 2];
+            let g = Geometry { images, channels_in, channels_out, input, kernel, stride, padding };
+            let area = g.output().iter().product::<usize>();
+            let x = values(images * channels_in * height * width, 1);
+            let w = values(channels_out * channels_in * kernel * kernel, 2);
+            let dy = values(images * channels_out * area, 3);
+            assert_any_width("convolution", || convolution::forward(&g, &x, &w));
+            assert_any_width("input gradient", || convolution::input_gradient(&g, &dy, &w));
+            assert_any_width("weight gradient", || weight_gradient::weight_gradient(&g, &x, &dy));
+
+            let plane = Geometry { images: 1, channels_in: 1, channels_out: 1, ..g };
+            let w = values(channels_in * kernel * kernel, 4);
+            let dy = values(images * channels_in * area, 5);
+            assert_any_width("depthwise", || depthwise::forward(&plane, channels_in, &x, &w));
+            assert_any_width("depthwise input", || depthwise::input_gradient(&plane, channels_in, &dy, &w));
+            assert_any_width("depthwise weight", || depthwise::weight_gradient(&plane, channels_in, &x, &dy));
+
+            let planes = Planes { channels: channels_in, area: height * width };
+            let dy = values(x.len(), 6);
+            let statistics = normalisation::statistics(planes, &x);
+            let (mean, variance) = statistics.split_at(channels_in);
+            let [gamma, beta] = [7, 8].map(|seed| values(channels_in, seed));
+            let n = Normalisation {
+                mean,
+                variance,
+                gamma: &gamma,
+                beta: &beta,
+                epsilon: 1e-5,
+                activation: Activation::Relu,
+                from_batch: true,
+            };
+            let parameters = normalisation::parameter_gradient(planes, &x, &dy, &n);
+            assert_any_width("statistics", || normalisation::statistics(planes, &x));
+            assert_any_width("normalisation", || normalisation::forward(planes, &x, &n));
+            assert_any_width("parameters", || normalisation::parameter_gradient(planes, &x, &dy, &n));
+            assert_any_width("normalised", || {
+                normalisation::input_gradient(planes, &x, &dy, &parameters, &n)
+            });
+        }
+    }
 }

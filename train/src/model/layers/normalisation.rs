@@ -5,12 +5,12 @@
 
 use std::ops::Range;
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Activation;
 use super::buffer::written;
-use crate::vectors::vectorised;
+use crate::vectors::{dispatch, vectorised};
 
 /// Activations `[N, C, H, W]` as planes of H * W floats.
 #[derive(Debug, Clone, Copy)]
@@ -178,13 +178,13 @@ impl Gate {
 
 /// Mean and biased variance of every channel: `[2, C]`.
 pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
-    let (arch, area) = (Arch::new(), planes.area as f64);
+    let area = planes.area as f64;
     // Mean of every plane, and the sum of squared deviations from it.
     let of_planes = of_planes(planes, input.len(), |_, within| {
         let (x, y) = (&input[within.clone()], &input[within]);
-        let [sum] = arch.dispatch(Sums { x, y, terms: Value });
+        let [sum] = dispatch(Sums { x, y, terms: Value });
         let mean = sum / planes.area as f32;
-        let [squares] = arch.dispatch(Sums { x, y, terms: Square { mean } });
+        let [squares] = dispatch(Sums { x, y, terms: Square { mean } });
         [mean, squares]
     });
     let count = (of_planes.len() / planes.channels) as f64;
@@ -240,11 +240,10 @@ pub fn parameter_gradient(
     output_gradient: &[f32],
     n: &Normalisation<'_>,
 ) -> Vec<f32> {
-    let arch = Arch::new();
     let gates: Vec<Gate> = (0..planes.channels).map(|channel| n.gate(channel)).collect();
     let of_planes = of_planes(planes, input.len(), |channel, within| {
         let terms = Passed { gate: gates[channel], mean: n.mean[channel] };
-        arch.dispatch(Sums { x: &input[within.clone()], y: &output_gradient[within], terms })
+        dispatch(Sums { x: &input[within.clone()], y: &output_gradient[within], terms })
     });
     of_channels(planes.channels, |channel| {
         let (mut sum, mut dot) = (0.0, 0.0);
@@ -276,10 +275,9 @@ pub fn input_gradient(
             InputGradient { gate: n.gate(channel), mean: n.mean[channel], mean_gradient, projection }
         })
         .collect();
-    let arch = Arch::new();
     written_planes(planes, input.len(), |gradient, channel, within| {
         let (x, dy) = (&input[within.clone()], &output_gradient[within]);
-        arch.dispatch(WriteInputGradient { channel: channels[channel], x, dy, gradient });
+        dispatch(WriteInputGradient { channel: channels[channel], x, dy, gradient });
     })
 }
 

@@ -1,0 +1,258 @@
+//! Copies of images and gradients in which every tap of a kernel is a constant offset.
+
+use pulp::{Simd, WithSimd};
+
+use super::geometry::Geometry;
+use super::taps::channel_offsets;
+use crate::vectors::dispatch;
+
+/// Resizes a buffer and fills it with zeros.
+pub fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
+    buffer.clear();
+    buffer.resize(length, 0.0);
+    buffer
+}
+
+/// How an image is copied into phase planes.
+pub struct PhasePlanes {
+    stride: usize,
+    /// Columns of a plane.
+    columns: usize,
+    phases: Vec<PhaseCopy>,
+}
+
+/// The rectangle of one phase that lies in the image.
+struct PhaseCopy {
+    /// Its first position among the phase planes of a channel.
+    start: usize,
+    /// Its first row and column in the image.
+    first: [usize; 2],
+    rows: usize,
+    columns: usize,
+}
+
+impl PhasePlanes {
+    pub fn new(g: &Geometry) -> Self {
+        let columns = g.phase_plane()[1];
+        let copy = |phase: usize| {
+            let place = PhasePlace::both(g, [phase / g.phases(), phase % g.phases()]);
+            let [row, column] = place.map(|axis| axis.within);
+            let start = phase * g.plane_length() + row * columns + column;
+            let [rows, columns] = place.map(|axis| axis.count);
+            PhaseCopy { start, first: place.map(|axis| axis.first), rows, columns }
+        };
+        let phases = (0..g.phases() * g.phases()).map(copy);
+        Self {
+            stride: g.stride,
+            columns,
+            phases: phases.filter(|phase| phase.rows > 0 && phase.columns > 0).collect(),
+        }
+    }
+
+    /// Copies an image into zeroed phase planes; channel c starts at `c * channel_length`.
+    pub fn split(
+        &self,
+        [height, width]: [usize; 2],
+        input: &[f32],
+        planes: &mut [f32],
+        channel_length: usize,
+    ) {
+        for phase in &self.phases {
+            for (c, source) in input.chunks_exact(height * width).enumerate() {
+                let plane = planes[c * channel_length + phase.start..].chunks_mut(self.columns);
+                let source = source[phase.first[0] * width..].chunks_exact(width).step_by(self.stride);
+                for (to, from) in plane.zip(source).take(phase.rows) {
+                    copy_strided(&from[phase.first[1]..], self.stride, &mut to[..phase.columns]);
+                }
+            }
+        }
+    }
+}
+
+/// Copies every `stride`th value of a row.
+fn copy_strided(from: &[f32], stride: usize, to: &mut [f32]) {
+    match stride {
+        1 => copy(&from[..to.len()], to),
+        // PERF: the compiler vectorises a constant stride alone.
+        2 => to.iter_mut().zip(from.chunks(2)).for_each(|(to, from)| *to = from[0]),
+        stride => to.iter_mut().zip(from.iter().step_by(stride)).for_each(|(to, from)| *to = *from),
+    }
+}
+
+/// Copies a row.
+// PERF: most rows are so short that a call of memcpy takes longer than the copy.
+#[inline(always)]
+pub fn copy(from: &[f32], to: &mut [f32]) {
+    match to.len() {
+        4..=8 => copy_ends::<4>(from, to),
+        9..=16 => copy_ends::<8>(from, to),
+        17..=32 => copy_ends::<16>(from, to),
+        _ => to.copy_from_slice(from),
+    }
+}
+
+/// Copies a row of N to 2 N values: its first N, then its last N.
+#[inline(always)]
+fn copy_ends<const N: usize>(from: &[f32], to: &mut [f32]) {
+    let (Some(first), Some(last)) = (from.first_chunk::<N>(), from.last_chunk::<N>()) else { return };
+    if let Some(to) = to.first_chunk_mut::<N>() {
+        *to = *first;
+    }
+    if let Some(to) = to.last_chunk_mut::<N>() {
+        *to = *last;
+    }
+}
+
+/// A plane of the output gradient with the zeros around it that the phases of the input read.
+pub struct PaddedGradient {
+    /// Rows and columns.
+    pub size: [usize; 2],
+    /// Zeros before the gradient.
+    lead: [usize; 2],
+}
+
+impl PaddedGradient {
+    pub fn new(g: &Geometry) -> Self {
+        let (mut size, mut lead) = ([0; 2], [0; 2]);
+        for axis in 0..2 {
+            let extents = (0..g.phases()).map(|phase| PhasePlace::new(g, axis, phase));
+            // Position q of a phase reads the gradient's outputs q - reach to q.
+            let first = extents.clone().map(|extent| extent.within).min().unwrap_or(0).min(g.reach());
+            let end = extents.map(|extent| extent.within + extent.count).max().unwrap_or(0);
+            lead[axis] = g.reach() - first;
+            size[axis] = (end + lead[axis]).max(g.output()[axis] + lead[axis]);
+        }
+        Self { size, lead }
+    }
+
+    /// Floats with the slack.
+    pub fn length(&self, g: &Geometry) -> usize {
+        self.size[0] * self.size[1] + g.slack()
+    }
+
+    /// Copies a plane of the output gradient into a zeroed padded plane.
+    pub fn copy(&self, g: &Geometry, gradient: &[f32], plane: &mut [f32]) {
+        let width = g.output()[1];
+        for (row, to) in
+            gradient.chunks_exact(width).zip(plane.chunks_exact_mut(self.size[1]).skip(self.lead[0]))
+        {
+            copy(row, &mut to[self.lead[1]..][..width]);
+        }
+    }
+
+    /// All phases of the input.
+    pub fn phases(&self, g: &Geometry) -> Vec<InputPhase> {
+        let phases = (0..g.phases()).flat_map(|y| (0..g.phases()).map(move |x| [y, x]));
+        phases.map(|phase| InputPhase::new(g, self, phase)).collect()
+    }
+}
+
+/// The part of one phase of the input that lies in the image, along one axis.
+#[derive(Clone, Copy)]
+struct PhasePlace {
+    /// First position of the phase.
+    within: usize,
+    /// The same, as a position of the image.
+    first: usize,
+    /// Number of positions that an output reads.
+    count: usize,
+}
+
+impl PhasePlace {
+    fn new(g: &Geometry, axis: usize, phase: usize) -> Self {
+        // Position q of the phase is input row stride * q + phase - padding.
+        let within = g.before()[axis].saturating_sub(phase).div_ceil(g.stride);
+        let first = g.stride * within + phase - g.before()[axis];
+        let last = g.output()[axis] + g.reach();
+        let inside = g.input[axis].saturating_sub(first).div_ceil(g.stride);
+        Self { within, first, count: inside.min(last.saturating_sub(within)) }
+    }
+
+    fn both(g: &Geometry, phase: [usize; 2]) -> [Self; 2] {
+        [0, 1].map(|axis| Self::new(g, axis, phase[axis]))
+    }
+}
+
+/// The gradient of one phase of the input, as a convolution of the padded output gradient.
+pub struct InputPhase {
+    /// Taps of the kernel that read this phase.
+    pub kernel_taps: Vec<usize>,
+    /// Offsets of these taps into the padded gradient, for each of its channels.
+    pub offsets: Vec<usize>,
+    /// First row and column of the image that belong to the phase.
+    first: [usize; 2],
+    /// Number of rows and columns of the image that belong to the phase.
+    pub count: [usize; 2],
+}
+
+impl InputPhase {
+    fn new(g: &Geometry, padded: &PaddedGradient, phase: [usize; 2]) -> Self {
+        let (reach, columns) = (g.reach(), padded.size[1]);
+        let place = PhasePlace::both(g, phase);
+        let (mut kernel_taps, mut taps) = (Vec::new(), Vec::new());
+        for y in (phase[0]..g.kernel).step_by(g.stride) {
+            for x in (phase[1]..g.kernel).step_by(g.stride) {
+                kernel_taps.push(y * g.kernel + x);
+                taps.push((reach - y / g.stride) * columns + reach - x / g.stride);
+            }
+        }
+        let [row, column] = [0, 1].map(|axis| place[axis].within + padded.lead[axis] - reach);
+        let offsets = channel_offsets(g.channels_out, padded.length(g), &taps, row * columns + column);
+        Self {
+            kernel_taps,
+            offsets,
+            first: place.map(|axis| axis.first),
+            count: place.map(|axis| axis.count),
+        }
+    }
+
+    pub fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
+        for (y, flat) in flat.chunks(columns).take(self.count[0]).enumerate() {
+            let row = &mut plane[(self.first[0] + y * g.stride) * g.input[1]..][..g.input[1]];
+            let values = flat.iter().take(self.count[1]);
+            row[self.first[1]..].iter_mut().step_by(g.stride).zip(values).for_each(|(to, from)| *to = *from);
+        }
+    }
+}
+
+/// Copies a matrix of rows as long as `places`, transposed: column c begins at `to[places[c]]`.
+pub fn transpose(from: &[f32], places: &[usize], to: &mut [f32]) {
+    dispatch(Transpose { from, places, to });
+}
+
+struct Transpose<'a> {
+    from: &'a [f32],
+    places: &'a [usize],
+    to: &'a mut [f32],
+}
+
+/// Side of the squares that are transposed in registers.
+const SQUARE: usize = 8;
+
+impl WithSimd for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let columns = self.places.len();
+        for (row, rows) in self.from.chunks(SQUARE * columns).enumerate() {
+            let row = row * SQUARE;
+            let whole = if rows.len() == SQUARE * columns { columns - columns % SQUARE } else { 0 };
+            for (square, places) in self.places[..whole].chunks_exact(SQUARE).enumerate() {
+                let mut values = [[0.0f32; SQUARE]; SQUARE];
+                for (r, values) in values.iter_mut().enumerate() {
+                    values.copy_from_slice(&rows[r * columns + square * SQUARE..][..SQUARE]);
+                }
+                for c in 0..SQUARE {
+                    let column: [f32; SQUARE] = std::array::from_fn(|r| values[r][c]);
+                    self.to[places[c] + row..][..SQUARE].copy_from_slice(&column);
+                }
+            }
+            for c in whole..columns {
+                for (r, values) in rows.chunks_exact(columns).enumerate() {
+                    self.to[self.places[c] + row + r] = values[c];
+                }
+            }
+        }
+    }
+}
