@@ -54,7 +54,8 @@ pub(crate) mod tests {
         operation.with_simd(pulp::Scalar)
     }
 
-    /// What `run` returns with vectors of 1 and of 8 lanes. Other tests may meanwhile have narrow vectors, too.
+    /// What `run` returns with vectors of 1 and of 8 lanes. Meanwhile other unit tests may have narrow vectors, and the width may
+    /// change within one of their operations: they cannot check what a layer computes.
     pub(crate) fn with_narrow_vectors<R>(run: impl Fn() -> R) -> [R; 2] {
         [1, 8].map(|width| {
             WIDTH.store(width, Ordering::Relaxed);

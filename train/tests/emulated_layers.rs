@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use burn::tensor::{Device, Tensor, TensorData};
-use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions};
+use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions, PoolOptions};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -232,6 +232,24 @@ fn residual_sums() {
             let output = layers::add_relu(a.clone(), b.clone());
             let gradients = (output.clone() * Tensor::from_data(probe.clone(), device)).sum().backward();
             vec![read(output), read(a.grad(&gradients).unwrap()), read(b.grad(&gradients).unwrap())]
+        });
+    }
+}
+
+#[test]
+fn maximum_poolings() {
+    let mut random = ChaCha8Rng::seed_from_u64(6);
+    for ([height, width], [stride, padding], ceil) in
+        [([12, 13], [2, 1], false), ([12, 9], [2, 0], true), ([4, 3], [1, 1], true)]
+    {
+        let options = PoolOptions { stride, padding, ceil };
+        let shape = [2, 5, options.side(height), options.side(width)];
+        let [input, probe] = [[2, 5, height, width], shape].map(|shape| values(&mut random, &shape));
+        assert_same(&format!("{height} x {width}, {options:?}"), |device| {
+            let input = Tensor::<4>::from_data(input.clone(), device).require_grad();
+            let output = layers::max_pool(input.clone(), options);
+            let gradients = (output.clone() * Tensor::from_data(probe.clone(), device)).sum().backward();
+            vec![read(output), read(input.grad(&gradients).unwrap())]
         });
     }
 }

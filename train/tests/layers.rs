@@ -1,9 +1,9 @@
 //! The hand-written layers agree with Burn's own operations, forward and backward.
 
 use burn::tensor::activation::relu;
-use burn::tensor::ops::{ConvOptions, PadMode};
+use burn::tensor::ops::{ConvOptions, MaxPoolOptions, PadMode};
 use burn::tensor::{Device, Distribution, Tensor, Tolerance};
-use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions};
+use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions, PoolOptions};
 
 fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
@@ -59,7 +59,7 @@ fn convolution_and_its_gradients_equal_burns() {
 }
 
 /// Images, channels, height, width, kernel, stride, and zeros added at the top, bottom, left and right.
-const DEPTHWISE: [[usize; 10]; 7] = [
+const DEPTHWISE: [[usize; 10]; 10] = [
     [2, 5, 12, 12, 3, 1, 1, 1, 1, 1],
     [3, 8, 9, 7, 5, 1, 2, 2, 2, 2],
     [2, 3, 12, 16, 3, 2, 0, 1, 0, 1],
@@ -67,6 +67,10 @@ const DEPTHWISE: [[usize; 10]; 7] = [
     [1, 4, 12, 9, 5, 2, 1, 2, 2, 2],
     [3, 33, 3, 3, 5, 1, 2, 2, 2, 2],
     [1, 1, 1, 1, 3, 1, 1, 1, 1, 1],
+    // More padding than the kernel reaches, phases without a place in the image, an even kernel.
+    [2, 3, 5, 4, 3, 1, 3, 2, 2, 3],
+    [1, 2, 1, 1, 7, 4, 3, 3, 3, 3],
+    [2, 3, 7, 6, 4, 2, 1, 2, 2, 1],
 ];
 
 #[test]
@@ -145,4 +149,48 @@ fn residual_sum_and_its_gradient_equal_burns() {
     let got = (got * probe).sum().backward();
     assert_close("dL/da", a.grad(&got).unwrap(), a.grad(&want).unwrap());
     assert_close("dL/db", b.grad(&got).unwrap(), b.grad(&want).unwrap());
+}
+
+/// Images, channels, height, width, stride, padding, and whether the output size is rounded up.
+const POOLINGS: [([usize; 6], bool); 7] = [
+    ([2, 3, 12, 12, 2, 1], false),
+    ([2, 3, 13, 10, 2, 1], false),
+    ([3, 2, 12, 13, 2, 0], true),
+    ([1, 4, 6, 7, 2, 0], true),
+    ([2, 5, 7, 3, 1, 1], true),
+    ([1, 1, 3, 3, 2, 0], false),
+    ([1, 1, 1, 1, 1, 1], false),
+];
+
+#[test]
+fn maxima_and_their_gradient_equal_burns() {
+    for ([images, channels, height, width, stride, padding], ceil) in POOLINGS {
+        let device = Device::flex().autodiff();
+        // Whole numbers below 4: windows have several equal maxima.
+        let input = (random([images, channels, height, width], &device) * 2.0)
+            .round()
+            .clamp(-3.0, 3.0)
+            .require_grad();
+        let options = MaxPoolOptions::new([3, 3])
+            .with_stride([stride, stride])
+            .with_padding([padding, padding])
+            .with_ceil_mode(ceil);
+        let want = burn::tensor::module::max_pool2d(input.clone(), options);
+        let got = layers::max_pool(input.clone(), PoolOptions { stride, padding, ceil });
+        let case = format!("{images} x {channels} x {height} x {width}, stride {stride}, padding {padding}");
+        assert_eq!(got.to_data(), want.to_data(), "{case}");
+        let probe = random(want.dims(), &device);
+        let want = (want * probe.clone()).sum().backward();
+        let got = (got * probe).sum().backward();
+        assert_close(&format!("dL/dinput, {case}"), input.grad(&got).unwrap(), input.grad(&want).unwrap());
+    }
+}
+
+#[test]
+fn a_maximum_over_nan_is_nan() {
+    let device = Device::flex();
+    let input = Tensor::<4>::from_data([[[[1.0, f32::NAN, 3.0, 4.0, 5.0]]]], &device);
+    let output = layers::max_pool(input, PoolOptions { stride: 2, padding: 1, ceil: false });
+    let output: Vec<f32> = output.into_data().try_to_vec().unwrap();
+    assert!(output[0].is_nan() && output[1].is_nan() && output[2] == 5.0, "{output:?}");
 }

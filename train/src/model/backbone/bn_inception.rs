@@ -5,6 +5,7 @@ use burn::tensor::Device;
 
 use super::graph::{Builder, Convolution, Graph, Pool, Value};
 use crate::model::batch_norm::{Activation, NormOptions};
+use crate::model::layers::PoolOptions;
 
 /// Channels of an inception block's branches; 0 for a branch that the block does not have.
 struct Block {
@@ -27,7 +28,7 @@ const fn block(
     Block { name, one, three, double, projection, pool: Pool::Average }
 }
 
-const HALVE: Pool = Pool::Max { stride: 2, padding: 0, ceil: true };
+const HALVE: Pool = Pool::Max(PoolOptions { stride: 2, padding: 0, ceil: true });
 
 const fn halving(name: &'static str, three: [usize; 2], double: [usize; 2]) -> Block {
     Block { name, one: 0, three, double, projection: 0, pool: HALVE }
@@ -44,7 +45,7 @@ const BLOCKS: [Block; 10] = [
     halving("4e", [128, 192], [192, 256]),
     block("5a", 352, [192, 320], [160, 224], 128),
     Block {
-        pool: Pool::Max { stride: 1, padding: 1, ceil: true },
+        pool: Pool::Max(PoolOptions { stride: 1, padding: 1, ceil: true }),
         ..block("5b", 352, [192, 320], [192, 224], 128)
     },
 ];

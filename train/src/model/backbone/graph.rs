@@ -4,12 +4,10 @@
 //! [`Graph`] executes the list; autodiff computes the gradients.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::module::max_pool2d;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 
 use crate::model::batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
-use crate::model::layers::{self, ConvolutionOptions};
+use crate::model::layers::{self, ConvolutionOptions, PoolOptions};
 
 /// Zeros around the input of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,38 +84,23 @@ enum Step {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pool {
     /// The maximum of each window.
-    Max {
-        stride: usize,
-        padding: usize,
-        /// Whether the output size is rounded up, with windows that reach past the end.
-        ceil: bool,
-    },
+    Max(PoolOptions),
     /// The average with stride 1 and padding 1; zeros of the padding count.
     Average,
 }
 
-/// Side of the windows.
-const WINDOW: [usize; 2] = [3, 3];
-
 impl Pool {
     /// Side of the output for an input of side `side`.
     fn side(self, side: usize) -> usize {
-        let Self::Max { stride, padding, ceil } = self else { return side };
-        let reach = (side + 2 * padding).saturating_sub(WINDOW[0]);
-        // A window past the end counts if it begins before the end.
-        let past = ceil && !reach.is_multiple_of(stride) && (reach / stride + 1) * stride < side + padding;
-        reach / stride + 1 + usize::from(past)
+        match self {
+            Self::Max(options) => options.side(side),
+            Self::Average => side,
+        }
     }
 
     fn forward(self, input: Tensor<4>) -> Tensor<4> {
         match self {
-            Self::Max { stride, padding, ceil } => {
-                let options = MaxPoolOptions::new(WINDOW)
-                    .with_stride([stride, stride])
-                    .with_padding([padding, padding])
-                    .with_ceil_mode(ceil);
-                max_pool2d(input, options)
-            }
+            Self::Max(options) => layers::max_pool(input, options),
             Self::Average => {
                 // PERF: on the CPU the depthwise convolution takes a fraction of the time of Burn's average pooling.
                 let weight = Tensor::full([input.dims()[1], 1, 3, 3], 1.0 / 9.0, &input.device());

@@ -5,6 +5,7 @@ use burn::tensor::Device;
 
 use super::graph::{Builder, Convolution, Graph, Pool, Value};
 use crate::model::batch_norm::{Activation, NormOptions};
+use crate::model::layers::PoolOptions;
 
 /// Channels inside the blocks of the four stages.
 const WIDTHS: [usize; 4] = [64, 128, 256, 512];
@@ -26,7 +27,7 @@ fn resnet(blocks: [usize; 4], bottleneck: bool, device: &Device) -> Graph {
     let (mut builder, images) = Builder::new(NormOptions::new(Activation::Relu), device);
     let stem = Convolution { stride: 2, ..Convolution::new(WIDTHS[0], 7) };
     let stem = builder.unit(["conv1".into(), "bn1".into()], stem, images);
-    let mut last = builder.pool(Pool::Max { stride: 2, padding: 1, ceil: false }, stem);
+    let mut last = builder.pool(Pool::Max(PoolOptions { stride: 2, padding: 1, ceil: false }), stem);
     for (stage, (width, blocks)) in WIDTHS.into_iter().zip(blocks).enumerate() {
         for block in 0..blocks {
             let stride = if stage > 0 && block == 0 { 2 } else { 1 };

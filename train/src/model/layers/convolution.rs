@@ -11,7 +11,7 @@
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{PaddedGradient, PhasePlanes, copy, zeroed};
+use super::planes::{PaddedGradient, PhasePlanes, copy, sized};
 use super::taps::{PackedWeights, TapProduct, channel_offsets};
 
 /// `[N, out, H', W']` from `[N, in, H, W]` and `[out, in, k, k]`.
@@ -26,7 +26,7 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
     let columns = g.phase_plane()[1];
     written(g.images * g.output_length(), g.output_length(), |scratch: &mut Scratch, image, output| {
         let input = &input[image * g.input_length()..][..g.input_length()];
-        let planes = zeroed(&mut scratch.planes, g.channels_in * g.channel_length());
+        let planes = sized(&mut scratch.planes, g.channels_in * g.channel_length(), 0.0);
         phases.split(g.input, input, planes, g.channel_length());
         let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
         product.run(&mut scratch.accumulators, |o, flat| {
@@ -58,7 +58,7 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
 
     written(g.images * g.input_length(), g.input_length(), |scratch: &mut Scratch, image, gradient| {
         let output_gradient = &output_gradient[image * g.output_length()..][..g.output_length()];
-        let planes = zeroed(&mut scratch.planes, g.channels_out * channel_length);
+        let planes = sized(&mut scratch.planes, g.channels_out * channel_length, 0.0);
         for (plane, source) in planes.chunks_exact_mut(channel_length).zip(output_gradient.chunks_exact(area))
         {
             padded.copy(g, source, plane);

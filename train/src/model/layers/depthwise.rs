@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{PaddedGradient, PhasePlanes, copy, zeroed};
+use super::planes::{PaddedGradient, PhasePlanes, copy, sized};
 use super::taps::STEP;
 use crate::vectors::dispatch;
 
@@ -30,7 +30,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
     let columns = g.phase_plane()[1];
     let planes = input.len() / g.input_length();
     written(planes * height * width, height * width, |scratch: &mut Scratch, plane, output| {
-        let padded = zeroed(&mut scratch.planes, g.channel_length());
+        let padded = sized(&mut scratch.planes, g.channel_length(), 0.0);
         phases.split(
             g.input,
             &input[plane * g.input_length()..][..g.input_length()],
@@ -38,7 +38,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
             g.channel_length(),
         );
         let weights = &weight[plane % channels * taps.len()..][..taps.len()];
-        let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
+        let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
         dispatch(Taps { plane: padded, taps: &taps, weights, positions: g.positions(), out: flat });
         for (row, flat) in output.chunks_exact_mut(width).zip(flat.chunks(columns)) {
             copy(&flat[..width], row);
@@ -53,7 +53,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
     let (taps, area) = (g.kernel * g.kernel, g.output().iter().product::<usize>());
     let planes = output_gradient.len() / area;
     written(planes * g.input_length(), g.input_length(), |scratch: &mut Scratch, plane, gradient| {
-        let padded = zeroed(&mut scratch.planes, padding.length(g));
+        let padded = sized(&mut scratch.planes, padding.length(g), 0.0);
         padding.copy(g, &output_gradient[plane * area..][..area], padded);
         let weight = &weight[plane % channels * taps..][..taps];
         for phase in &phases {
@@ -61,7 +61,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
             let touching = weights.iter_mut().zip(&phase.kernel_taps);
             touching.for_each(|(to, &tap)| *to = weight[tap]);
             let positions = phase.count[0] * columns;
-            let flat = zeroed(&mut scratch.flat, positions + STEP);
+            let flat = sized(&mut scratch.flat, positions + STEP, 0.0);
             dispatch(Taps {
                 plane: padded,
                 taps: &phase.offsets,
@@ -85,11 +85,11 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
         let mut sums = [0.0f64; MOST_TAPS];
         for image in 0..images {
             let plane = image * channels + channel;
-            let padded = zeroed(&mut scratch.planes, g.channel_length());
+            let padded = sized(&mut scratch.planes, g.channel_length(), 0.0);
             let source = &input[plane * g.input_length()..][..g.input_length()];
             phases.split(g.input, source, padded, g.channel_length());
             // Zero at positions that are not outputs.
-            let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
+            let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
             let source = &output_gradient[plane * height * width..][..height * width];
             for (to, row) in flat.chunks_mut(columns).zip(source.chunks_exact(width)) {
                 copy(row, &mut to[..width]);

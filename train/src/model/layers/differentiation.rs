@@ -7,7 +7,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, TensorMetadata};
 
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions, PoolOptions};
 use crate::model::synchronised;
 
 #[derive(Debug)]
@@ -84,6 +84,21 @@ impl<B: LayerGradients> Backward<B, 2> for AddRelu {
     }
 }
 
+#[derive(Debug)]
+struct MaxPool;
+
+impl<B: LayerGradients> Backward<B, 1> for MaxPool {
+    type State = (FloatTensor<B>, PoolOptions);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let gradient = grads.consume::<B>(&ops.node);
+        let ([node], (input, options)) = (ops.parents, ops.state);
+        if let Some(node) = node {
+            grads.register::<B>(node.id, B::max_pool_gradient(input, gradient, options));
+        }
+    }
+}
+
 impl<B: LayerGradients, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
     fn convolution(
         input: FloatTensor<Self>,
@@ -123,6 +138,15 @@ impl<B: LayerGradients, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
         let output = B::add_relu(a, b);
         match AddRelu.prepare::<C>([a_node, b_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(output.clone(), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn max_pool(input: FloatTensor<Self>, options: PoolOptions) -> FloatTensor<Self> {
+        let (input, node) = input.into_parts();
+        let output = B::max_pool(input.clone(), options);
+        match MaxPool.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((input, options), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }

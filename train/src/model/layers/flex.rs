@@ -6,7 +6,8 @@ use burn::tensor::{Shape, TensorData};
 
 use super::geometry::Geometry;
 use super::normalisation::{self, Normalisation, Planes};
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
+use super::pooling::MaxPool;
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions, PoolOptions};
 use super::{convolution, depthwise, matrix, weight_gradient};
 
 type CpuTensor = FloatTensor<Flex>;
@@ -122,6 +123,13 @@ impl LayerOps for Flex {
         let shape = a.shape();
         tensor(normalisation::add_relu(Values::new(a).get(), Values::new(b).get()), shape)
     }
+
+    fn max_pool(input: CpuTensor, options: PoolOptions) -> CpuTensor {
+        let [images, channels, height, width] = input.shape().dims();
+        let pool = MaxPool::new([height, width], options);
+        let [height, width] = pool.output();
+        tensor(pool.forward(Values::new(input).get()), [images, channels, height, width])
+    }
 }
 
 impl LayerGradients for Flex {
@@ -193,5 +201,11 @@ impl LayerGradients for Flex {
         let shape = output.shape();
         let (output, gradient) = (Values::new(output), Values::new(output_gradient));
         tensor(normalisation::add_relu_gradient(output.get(), gradient.get()), shape)
+    }
+
+    fn max_pool_gradient(input: CpuTensor, output_gradient: CpuTensor, options: PoolOptions) -> CpuTensor {
+        let shape = input.shape();
+        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
+        tensor(MaxPool::new([shape[2], shape[3]], options).gradient(input.get(), gradient.get()), shape)
     }
 }

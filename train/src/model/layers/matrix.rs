@@ -10,7 +10,7 @@ use gemm::{Parallelism, gemm};
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{copy, zeroed};
+use super::planes::{copy, sized};
 
 /// Columns that a product should have; several small images share one product.
 const COLUMNS: usize = 128;
@@ -61,9 +61,9 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
             let input = Matrix { values: input, columns, transposed: false };
             return multiply([g.channels_out, rows, columns], weight, input, output);
         }
-        let patches = zeroed(&mut scratch.patches, rows * columns);
+        let patches = sized(&mut scratch.patches, rows * columns, 0.0);
         patches.chunks_exact_mut(columns).enumerate().for_each(|(row, to)| gather(g, input, row, to));
-        let product = zeroed(&mut scratch.product, g.channels_out * columns);
+        let product = sized(&mut scratch.product, g.channels_out * columns, 0.0);
         let patches = Matrix { values: patches, columns, transposed: false };
         multiply([g.channels_out, rows, columns], weight, patches, product);
         for (o, product) in product.chunks_exact(columns).enumerate() {
@@ -87,11 +87,11 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
             let source = Matrix { values: source, columns, transposed: false };
             return multiply([rows, g.channels_out, columns], weight, source, gradient);
         }
-        let side_by_side = zeroed(&mut scratch.patches, g.channels_out * columns);
+        let side_by_side = sized(&mut scratch.patches, g.channels_out * columns, 0.0);
         for (o, to) in side_by_side.chunks_exact_mut(columns).enumerate() {
             beside(source, (output_length, area), o, to);
         }
-        let product = zeroed(&mut scratch.product, rows * columns);
+        let product = sized(&mut scratch.product, rows * columns, 0.0);
         let side_by_side = Matrix { values: side_by_side, columns, transposed: false };
         multiply([rows, g.channels_out, columns], weight, side_by_side, product);
         for (row, product) in product.chunks_exact(columns).enumerate() {

@@ -11,7 +11,8 @@
 //! | `weight_gradient.rs` | its weight gradient |
 //! | `depthwise.rs` | depthwise convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
-//! | `buffer.rs` | result buffers of both |
+//! | `pooling.rs` | maximum pooling |
+//! | `buffer.rs` | result buffers of all |
 //! | `differentiation.rs` | the operations under autodiff |
 //! | `flex.rs` | Burn's CPU backend with the operations above |
 //! | `cube/` | Burn's GPU backend with own kernels |
@@ -28,6 +29,7 @@ mod matrix;
 pub mod normalisation;
 mod ops;
 mod planes;
+mod pooling;
 mod taps;
 mod weight_gradient;
 
@@ -75,6 +77,37 @@ pub fn normalise(
 /// `relu(a + b)`.
 pub fn add_relu(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
     Tensor::from_dispatch(<Dispatch as LayerOps>::add_relu(a.into_dispatch(), b.into_dispatch()))
+}
+
+/// The maximum of every window, `[N, C, H, W]` to `[N, C, H', W']`.
+pub fn max_pool(input: Tensor<4>, options: PoolOptions) -> Tensor<4> {
+    Tensor::from_dispatch(<Dispatch as LayerOps>::max_pool(input.into_dispatch(), options))
+}
+
+/// Options of [`max_pool`], whose windows are 3 x 3.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolOptions {
+    /// Input positions from one window to the next.
+    pub stride: usize,
+    /// Positions added on all sides. They never are the maximum.
+    pub padding: usize,
+    /// Whether the output size is rounded up, with windows that reach past the end.
+    pub ceil: bool,
+}
+
+impl PoolOptions {
+    /// Side of the windows.
+    pub const WINDOW: usize = 3;
+
+    /// Side of the output for an input of side `side`.
+    #[must_use]
+    pub fn side(&self, side: usize) -> usize {
+        let Self { stride, padding, ceil } = *self;
+        let reach = (side + 2 * padding).saturating_sub(Self::WINDOW);
+        // A window past the end counts if it begins before the end.
+        let past = ceil && !reach.is_multiple_of(stride) && (reach / stride + 1) * stride < side + padding;
+        reach / stride + 1 + usize::from(past)
+    }
 }
 
 /// Options of [`convolution`].
@@ -168,17 +201,18 @@ mod tests {
 
     #[test]
     fn narrow_vectors_give_the_same_results() {
-        // Images, channels in and out, height, width, kernel, stride.
+        // Images, channels in and out, height, width, kernel, stride; padding.
         let shapes = [
-            [2, 3, 20, 12, 13, 7, 2],
-            [9, 20, 13, 3, 3, 3, 1],
-            [2, 16, 9, 24, 7, 3, 1],
-            [3, 33, 7, 6, 5, 1, 2],
-            [2, 264, 523, 3, 2, 3, 1],
+            ([2, 3, 20, 12, 13, 7, 2], [[3, 3], [3, 3]]),
+            ([9, 20, 13, 3, 3, 3, 1], [[1, 1], [1, 1]]),
+            ([2, 16, 9, 24, 7, 3, 1], [[1, 1], [1, 1]]),
+            ([3, 33, 7, 6, 5, 1, 2], [[0, 0], [0, 0]]),
+            ([2, 264, 523, 3, 2, 3, 1], [[1, 1], [1, 1]]),
+            ([2, 5, 6, 8, 9, 3, 2], [[0, 1], [1, 0]]),
+            ([1, 2, 3, 1, 1, 7, 4], [[3, 3], [3, 3]]),
         ];
-        for [images, channels_in, channels_out, height, width, kernel, stride] in shapes {
+        for ([images, channels_in, channels_out, height, width, kernel, stride], padding) in shapes {
             let input = [height, width];
-            let padding = [[kernel / 2; 2]; 2];
             let g = Geometry { images, channels_in, channels_out, input, kernel, stride, padding };
             let area = g.output().iter().product::<usize>();
             let x = values(images * channels_in * height * width, 1);

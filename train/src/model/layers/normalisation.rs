@@ -1,7 +1,7 @@
 //! Batch normalisation fused with its activation, and the residual sum fused with ReLU, on the CPU.
 //!
-//! Separate operations would each read and write every activation; these passes read it once forward and
-//! twice backward. Sums are in f32 within a plane and in f64 across planes, in a fixed order.
+//! Separate operations would each read and write every activation; these passes read it once forward (twice
+//! with the statistics) and twice backward. Sums are in f32 within a plane and in f64 across planes, in a fixed order.
 
 use std::ops::Range;
 
@@ -74,6 +74,9 @@ trait Terms<const SUMS: usize> {
     fn of<S: Simd>(&self, simd: S, x: S::f32s, y: S::f32s) -> [S::f32s; SUMS];
 }
 
+/// Vectors that are added one after the other. Longer sums are sums of such partial sums, which round less.
+const RUN: usize = 64;
+
 /// Sums over a pair of planes, all in one pass.
 struct Sums<'a, T, const SUMS: usize> {
     x: &'a [f32],
@@ -93,10 +96,16 @@ impl<T: Terms<SUMS>, const SUMS: usize> WithSimd for Sums<'_, T, SUMS> {
         for s in 0..SUMS {
             sums[s] = simd.select_f32s(inside, rest[s], sums[s]);
         }
-        for (&x, &y) in x.iter().zip(y) {
-            let terms = self.terms.of(simd, x, y);
+        for (x, y) in x.chunks(RUN).zip(y.chunks(RUN)) {
+            let mut run = [simd.splat_f32s(0.0); SUMS];
+            for (&x, &y) in x.iter().zip(y) {
+                let terms = self.terms.of(simd, x, y);
+                for s in 0..SUMS {
+                    run[s] = simd.add_f32s(run[s], terms[s]);
+                }
+            }
             for s in 0..SUMS {
-                sums[s] = simd.add_f32s(sums[s], terms[s]);
+                sums[s] = simd.add_f32s(sums[s], run[s]);
             }
         }
         std::array::from_fn(|s| simd.reduce_sum_f32s(sums[s]))
@@ -171,8 +180,12 @@ impl Gate {
             [self.affine.scale, self.affine.shift, self.range[0], self.range[1]]
                 .map(|value| simd.splat_f32s(value));
         let output = simd.add_f32s(simd.mul_f32s(scale, x), shift);
-        let inside = simd.and_m32s(simd.less_than_f32s(floor, output), simd.less_than_f32s(output, ceiling));
-        simd.select_f32s(inside, dy, simd.splat_f32s(0.0))
+        // A comparison with NaN is false: the gradient of NaN is passed on.
+        let outside = simd.or_m32s(
+            simd.less_than_or_equal_f32s(output, floor),
+            simd.less_than_or_equal_f32s(ceiling, output),
+        );
+        simd.select_f32s(outside, simd.splat_f32s(0.0), dy)
     }
 }
 
@@ -198,7 +211,7 @@ pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
     })
 }
 
-/// Calls `plane(output, channel, where the plane is in all)` for every plane of a new buffer.
+/// Calls `write(output, channel, where the plane is in all)` for every plane of a new buffer.
 fn written_planes(
     planes: Planes,
     length: usize,

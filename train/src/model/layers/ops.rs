@@ -3,7 +3,7 @@
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, backend_extension};
 
-use super::{ConvolutionOptions, NormaliseOptions};
+use super::{ConvolutionOptions, NormaliseOptions, PoolOptions};
 
 /// Expensive operations of the network. The [parent module](super) has functions with the same names and shapes.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff)]
@@ -29,6 +29,9 @@ pub trait LayerOps: Backend {
 
     /// `relu(a + b)`.
     fn add_relu(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The maximum of every window.
+    fn max_pool(input: FloatTensor<Self>, options: PoolOptions) -> FloatTensor<Self>;
 }
 
 /// Input, statistics, gamma and beta of [`normalise`](LayerOps::normalise).
@@ -72,4 +75,11 @@ pub trait LayerGradients: LayerOps {
 
     /// dL/d(a) = dL/d(b) of [`add_relu`](LayerOps::add_relu), from its output.
     fn add_relu_gradient(output: FloatTensor<Self>, output_gradient: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// dL/d(input) of [`max_pool`](LayerOps::max_pool). The first of several equal maxima gets the gradient.
+    fn max_pool_gradient(
+        input: FloatTensor<Self>,
+        output_gradient: FloatTensor<Self>,
+        options: PoolOptions,
+    ) -> FloatTensor<Self>;
 }

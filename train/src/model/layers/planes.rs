@@ -8,8 +8,22 @@ use crate::vectors::dispatch;
 
 /// Resizes a buffer and fills it with zeros.
 pub fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
+    filled(buffer, length, 0.0)
+}
+
+/// A buffer of a length. If it had another, all of it is `padding`; else it holds what was last written. So where the same
+/// places are written for every image, the padding between them stays.
+pub fn sized(buffer: &mut Vec<f32>, length: usize, padding: f32) -> &mut [f32] {
+    if buffer.len() != length {
+        filled(buffer, length, padding);
+    }
+    buffer
+}
+
+/// Resizes a buffer and fills it with a value.
+pub fn filled(buffer: &mut Vec<f32>, length: usize, value: f32) -> &mut [f32] {
     buffer.clear();
-    buffer.resize(length, 0.0);
+    buffer.resize(length, value);
     buffer
 }
 
@@ -49,7 +63,7 @@ impl PhasePlanes {
         }
     }
 
-    /// Copies an image into zeroed phase planes; channel c starts at `c * channel_length`.
+    /// Copies an image into phase planes of padding; channel c starts at `c * channel_length`.
     pub fn split(
         &self,
         [height, width]: [usize; 2],
@@ -69,6 +83,20 @@ impl PhasePlanes {
     }
 }
 
+impl PhasePlanes {
+    /// The reverse of [`split`](Self::split) for one plane: copies phase planes to an image of zeros.
+    pub fn join(&self, [_, width]: [usize; 2], planes: &[f32], image: &mut [f32]) {
+        for phase in &self.phases {
+            let plane = planes[phase.start..].chunks(self.columns);
+            let rows = image[phase.first[0] * width..].chunks_exact_mut(width).step_by(self.stride);
+            for (row, from) in rows.zip(plane).take(phase.rows) {
+                let to = row[phase.first[1]..].iter_mut().step_by(self.stride);
+                to.zip(&from[..phase.columns]).for_each(|(to, from)| *to = *from);
+            }
+        }
+    }
+}
+
 /// Copies every `stride`th value of a row.
 fn copy_strided(from: &[f32], stride: usize, to: &mut [f32]) {
     match stride {
@@ -83,6 +111,7 @@ fn copy_strided(from: &[f32], stride: usize, to: &mut [f32]) {
 // PERF: most rows are so short that a call of memcpy takes longer than the copy.
 #[inline(always)]
 pub fn copy(from: &[f32], to: &mut [f32]) {
+    debug_assert_eq!(from.len(), to.len());
     match to.len() {
         4..=8 => copy_ends::<4>(from, to),
         9..=16 => copy_ends::<8>(from, to),
@@ -207,6 +236,9 @@ impl InputPhase {
     }
 
     pub fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
+        if self.count.contains(&0) {
+            return;
+        }
         for (y, flat) in flat.chunks(columns).take(self.count[0]).enumerate() {
             let row = &mut plane[(self.first[0] + y * g.stride) * g.input[1]..][..g.input[1]];
             let values = flat.iter().take(self.count[1]);

@@ -11,11 +11,11 @@ use rayon::prelude::*;
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{transpose, zeroed};
+use super::planes::{sized, transpose, zeroed};
 use super::taps::{RUN, STEP, WIDEST_BLOCK, tile};
 use crate::vectors::dispatch;
 
-/// Number of tasks, whatever the number of threads.
+/// Number of tasks, roughly, whatever the number of threads.
 const TASKS: usize = 16;
 
 /// Most sums that all groups of images have together, unless one group has more.
@@ -31,24 +31,25 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
     let block_length = g.kernel * tasks.block * row.next_multiple_of(LANES);
     // Images that are summed together, so that small maps have long sums too.
     let together = (RUN / area.max(1)).clamp(1, tasks.images);
-    let (image_length, starts, places) = (g.padded_length(), g.starts(), g.padded_places());
+    let (image_length, places) = (g.padded_length(), g.padded_places());
+    let starts = g.starts();
+    let positions: Vec<usize> = (0..together)
+        .flat_map(|image| starts.iter().map(move |start| image * image_length + start))
+        .collect();
     let packed_places: Vec<usize> = (0..area).map(|p| p * WIDEST_BLOCK).collect();
 
     let run = |scratch: &mut Scratch, task: usize| {
         let (images, outputs) = (tasks.images(g, task), tasks.outputs(g, task));
         let mut sums = vec![0.0; outputs.len().div_ceil(tasks.block) * block_length];
         for first in images.clone().step_by(together) {
-            let images = first..(first + together).min(images.end);
-            let planes = zeroed(&mut scratch.planes, images.len() * image_length + STEP);
+            let count = together.min(images.end - first);
+            let planes = sized(&mut scratch.planes, count * image_length + STEP, 0.0);
             let input = &input[first * g.input_length()..];
-            let images = images.len();
-            let padded = planes.chunks_exact_mut(image_length).take(images);
+            let padded = planes.chunks_exact_mut(image_length).take(count);
             for (input, padded) in input.chunks_exact(g.input_length()).zip(padded) {
                 transpose(input, &places, padded);
             }
-            let positions: Vec<usize> = (0..images)
-                .flat_map(|image| starts.iter().map(move |start| image * image_length + start))
-                .collect();
+            let positions = &positions[..count * area];
             // Every block of outputs of every image, as `[block][image][position][output]`.
             scratch
                 .weights
@@ -63,7 +64,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
             }
             dispatch(KernelRows {
                 planes: &scratch.planes,
-                positions: &positions,
+                positions,
                 weights: &scratch.weights,
                 block_length,
                 rows: g.kernel,
@@ -118,7 +119,7 @@ struct Tasks {
 impl Tasks {
     fn new(g: &Geometry) -> Self {
         let weights = g.channels_out * g.channels_in * g.kernel * g.kernel;
-        let groups = (MOST_SUMS / weights.max(1)).clamp(1, TASKS);
+        let groups = (MOST_SUMS / weights.max(1)).clamp(1, TASKS.min(g.images.max(1)));
         let images = g.images.div_ceil(groups).max(1);
         let block = dispatch(OutputsTogether);
         let outputs = (g.channels_out * groups).div_ceil(TASKS).next_multiple_of(block).max(block);
@@ -197,7 +198,7 @@ impl KernelRows<'_> {
     }
 
     /// Adds the terms of some positions to the sums of some x for every block.
-    // The inputs stay in the first-level cache for all blocks.
+    // All blocks follow each other, so the inputs come from a near cache for all but the first.
     #[inline(always)]
     fn blocks<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
         &mut self,

@@ -5,7 +5,7 @@
 //! order, and products are in f32, not TF32: a seed gives the same run each time.
 //!
 //! Maps have the layout `[N, H, W, C]` in memory (Burn's shape remains `[N, C, H, W]`), so that neighbouring
-//! threads read neighbouring channels. Results of these operations and of Burn's poolings have that layout
+//! threads read neighbouring channels. Results of these operations and of Burn's poolings, which are used as they are, have that layout
 //! and are read in place; anything else (the pictures, a concatenation) is copied once.
 //!
 //! | file | kernels |
@@ -25,14 +25,15 @@ mod rows;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::Cube;
-use burn::tensor::{DType, Shape};
+use burn::backend::ops::ModuleOps;
+use burn::tensor::{DType, IntDType, Shape};
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::ops::{permute_nchw_to_nhwc, permute_nhwc_to_nchw};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseInputs, NormaliseOptions, PoolOptions};
 
 /// Units (threads) of a cube (thread block), if the device allows that many.
 const UNITS: usize = 256;
@@ -52,6 +53,9 @@ fn grid(of: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
     let units = units(of);
     (CubeCount::new_1d(count.div_ceil(units) as u32), CubeDim::new_1d(units as u32))
 }
+
+/// Sides of the windows of a pooling.
+const WINDOW: [usize; 2] = [PoolOptions::WINDOW; 2];
 
 static WHOLE_CUBES: AtomicBool = AtomicBool::new(false);
 
@@ -153,6 +157,10 @@ impl LayerOps for Cube {
     fn add_relu(a: CubeTensor, b: CubeTensor) -> CubeTensor {
         normalisation::add_relu(&Map::new(a), &Map::new(b)).into_nchw()
     }
+
+    fn max_pool(input: CubeTensor, PoolOptions { stride, padding, ceil }: PoolOptions) -> CubeTensor {
+        Self::max_pool2d(input, WINDOW, [stride; 2], [padding; 2], [1; 2], ceil)
+    }
 }
 
 impl LayerGradients for Cube {
@@ -210,5 +218,34 @@ impl LayerGradients for Cube {
 
     fn add_relu_gradient(output: CubeTensor, output_gradient: CubeTensor) -> CubeTensor {
         normalisation::add_relu_gradient(&Map::new(output), &Map::new(output_gradient)).into_nchw()
+    }
+
+    fn max_pool_gradient(
+        input: CubeTensor,
+        output_gradient: CubeTensor,
+        PoolOptions { stride, padding, ceil }: PoolOptions,
+    ) -> CubeTensor {
+        let (stride, padding, dilation) = ([stride; 2], [padding; 2], [1; 2]);
+        let indices = Self::max_pool2d_with_indices(
+            input.clone(),
+            WINDOW,
+            stride,
+            padding,
+            dilation,
+            ceil,
+            IntDType::I32,
+        )
+        .indices;
+        Self::max_pool2d_with_indices_backward(
+            input,
+            WINDOW,
+            stride,
+            padding,
+            dilation,
+            ceil,
+            output_gradient,
+            indices,
+        )
+        .x_grad
     }
 }

@@ -1,0 +1,109 @@
+//! Maximum pooling on the CPU, with windows of 3 x 3.
+//!
+//! A plane is padded and split into phases as in `convolution.rs`, so that each place in the window is a constant offset.
+//! Planes are independent, so results do not depend on the number of threads.
+
+use super::PoolOptions;
+use super::buffer::written;
+use super::geometry::Geometry;
+use super::planes::{PhasePlanes, copy, filled, sized, zeroed};
+use crate::vectors::vectorised;
+
+/// Buffers that a thread reuses.
+#[derive(Default)]
+struct Scratch {
+    padded: Vec<f32>,
+    maxima: Vec<f32>,
+    gradient: Vec<f32>,
+    left: Vec<f32>,
+}
+
+/// A pooling of planes of one size.
+pub struct MaxPool {
+    g: Geometry,
+    taps: Vec<usize>,
+    phases: PhasePlanes,
+}
+
+impl MaxPool {
+    /// For planes with `input` rows and columns.
+    pub fn new(input: [usize; 2], options: PoolOptions) -> Self {
+        let (kernel, stride, before) = (PoolOptions::WINDOW, options.stride, options.padding);
+        // The last window may reach past the padding, or end before it.
+        let padding = input.map(|side| {
+            let end = (options.side(side) - 1) * stride + kernel;
+            [before, end.saturating_sub(side + before)]
+        });
+        let g = Geometry { images: 1, channels_in: 1, channels_out: 1, input, kernel, stride, padding };
+        Self { taps: g.taps(), phases: PhasePlanes::new(&g), g }
+    }
+
+    /// Rows and columns of an output plane.
+    pub fn output(&self) -> [usize; 2] {
+        self.g.output()
+    }
+
+    /// The maximum of every window. NaN is larger than any number.
+    pub fn forward(&self, input: &[f32]) -> Vec<f32> {
+        let [height, width] = self.output();
+        let planes = input.len() / self.g.input_length();
+        written(planes * height * width, height * width, |scratch: &mut Scratch, plane, output| {
+            self.maxima(&input[plane * self.g.input_length()..], scratch);
+            for (row, maxima) in output.chunks_exact_mut(width).zip(scratch.maxima.chunks(self.columns())) {
+                copy(&maxima[..width], row);
+            }
+        })
+    }
+
+    /// dL/d(input) from the input and dL/d(output). Of several equal maxima of a window the first, row by row, gets the gradient.
+    pub fn gradient(&self, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
+        let [height, width] = self.output();
+        written(input.len(), self.g.input_length(), |scratch: &mut Scratch, plane, gradient| {
+            self.maxima(&input[plane * self.g.input_length()..], scratch);
+            // What no place of the window has taken so far; zero at positions that are not outputs.
+            let left = sized(&mut scratch.left, self.g.positions(), 0.0);
+            let rows = output_gradient[plane * height * width..].chunks_exact(width).take(height);
+            for (to, row) in left.chunks_mut(self.columns()).zip(rows) {
+                copy(row, &mut to[..width]);
+            }
+            let (maxima, sums) = (&scratch.maxima, zeroed(&mut scratch.gradient, self.g.channel_length()));
+            for &tap in &self.taps {
+                let (values, sums) = (&scratch.padded[tap..], &mut sums[tap..]);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let windows = left.iter_mut().zip(maxima).zip(values).zip(sums.iter_mut());
+                        for (((left, &maximum), &value), sum) in windows {
+                            let taken = if value == maximum { *left } else { 0.0 };
+                            *left = if value == maximum { 0.0 } else { *left };
+                            *sum += taken;
+                        }
+                    },
+                );
+            }
+            self.phases.join(self.g.input, sums, gradient);
+        })
+    }
+
+    fn columns(&self) -> usize {
+        self.g.phase_plane()[1]
+    }
+
+    /// Copies the first plane of `input` to `scratch.padded`, and writes the maximum of every window to `scratch.maxima`.
+    fn maxima(&self, input: &[f32], scratch: &mut Scratch) {
+        let padded = sized(&mut scratch.padded, self.g.channel_length(), f32::NEG_INFINITY);
+        self.phases.split(self.g.input, &input[..self.g.input_length()], padded, self.g.channel_length());
+        let maxima = filled(&mut scratch.maxima, self.g.positions(), f32::NEG_INFINITY);
+        for &tap in &self.taps {
+            let values = &padded[tap..];
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (maximum, &value) in maxima.iter_mut().zip(values) {
+                        *maximum = if (value > *maximum) | value.is_nan() { value } else { *maximum };
+                    }
+                },
+            );
+        }
+    }
+}
