@@ -27,7 +27,7 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
     written(g.images * g.output_length(), g.output_length(), |scratch: &mut Scratch, image, output| {
         let input = &input[image * g.input_length()..][..g.input_length()];
         let planes = sized(&mut scratch.planes, g.channels_in * g.channel_length(), 0.0);
-        phases.split(g.input, input, planes, g.channel_length());
+        phases.split(input, planes, g.channel_length());
         let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
         product.run(&mut scratch.accumulators, |o, flat| {
             let plane = &mut output[o * height * width..][..height * width];
@@ -64,11 +64,11 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
             padded.copy(g, source, plane);
         }
         for (phase, packed) in phases.iter().zip(&packed) {
-            let positions = phase.count[0] * padded.size[1];
+            let positions = phase.part.size[0] * padded.size[1];
             let product = TapProduct { planes, offsets: &phase.offsets, packed, positions };
             product.run(&mut scratch.accumulators, |i, flat| {
                 let plane = &mut gradient[i * g.input[0] * g.input[1]..][..g.input[0] * g.input[1]];
-                phase.scatter(g, plane, flat, padded.size[1]);
+                phase.part.write(flat, padded.size[1], plane, g.input[1]);
             });
         }
     })

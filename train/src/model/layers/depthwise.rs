@@ -31,12 +31,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
     let planes = input.len() / g.input_length();
     written(planes * height * width, height * width, |scratch: &mut Scratch, plane, output| {
         let padded = sized(&mut scratch.planes, g.channel_length(), 0.0);
-        phases.split(
-            g.input,
-            &input[plane * g.input_length()..][..g.input_length()],
-            padded,
-            g.channel_length(),
-        );
+        phases.split(&input[plane * g.input_length()..][..g.input_length()], padded, g.channel_length());
         let weights = &weight[plane % channels * taps.len()..][..taps.len()];
         let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
         dispatch(Taps { plane: padded, taps: &taps, weights, positions: g.positions(), out: flat });
@@ -60,7 +55,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
             let mut weights = [0.0; MOST_TAPS];
             let touching = weights.iter_mut().zip(&phase.kernel_taps);
             touching.for_each(|(to, &tap)| *to = weight[tap]);
-            let positions = phase.count[0] * columns;
+            let positions = phase.part.size[0] * columns;
             let flat = sized(&mut scratch.flat, positions + STEP, 0.0);
             dispatch(Taps {
                 plane: padded,
@@ -69,7 +64,7 @@ pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], we
                 positions,
                 out: flat,
             });
-            phase.scatter(g, gradient, flat, columns);
+            phase.part.write(flat, columns, gradient, g.input[1]);
         }
     })
 }
@@ -87,7 +82,7 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
             let plane = image * channels + channel;
             let padded = sized(&mut scratch.planes, g.channel_length(), 0.0);
             let source = &input[plane * g.input_length()..][..g.input_length()];
-            phases.split(g.input, source, padded, g.channel_length());
+            phases.split(source, padded, g.channel_length());
             // Zero at positions that are not outputs.
             let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
             let source = &output_gradient[plane * height * width..][..height * width];

@@ -27,72 +27,78 @@ pub fn filled(buffer: &mut Vec<f32>, length: usize, value: f32) -> &mut [f32] {
     buffer
 }
 
-/// How an image is copied into phase planes.
-pub struct PhasePlanes {
+/// The positions of one phase that lie in the image: every `stride`th row and column from `first` on.
+pub struct ImagePart {
     stride: usize,
-    /// Columns of a plane.
-    columns: usize,
-    phases: Vec<PhaseCopy>,
+    /// First row and column in the image.
+    first: [usize; 2],
+    /// Number of rows and columns.
+    pub size: [usize; 2],
 }
 
-/// The rectangle of one phase that lies in the image.
-struct PhaseCopy {
-    /// Its first position among the phase planes of a channel.
-    start: usize,
-    /// Its first row and column in the image.
-    first: [usize; 2],
-    rows: usize,
+impl ImagePart {
+    fn new(g: &Geometry, place: [PhasePlace; 2]) -> Self {
+        Self { stride: g.stride, first: place.map(|axis| axis.first), size: place.map(|axis| axis.count) }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.size.contains(&0)
+    }
+
+    /// Copies the part from an image whose rows have `width` values to rows of `columns` values.
+    fn read(&self, image: &[f32], width: usize, flat: &mut [f32], columns: usize) {
+        let rows = image[self.first[0] * width..].chunks_exact(width).step_by(self.stride);
+        for (to, row) in flat.chunks_mut(columns).zip(rows).take(self.size[0]) {
+            copy_strided(&row[self.first[1]..], self.stride, &mut to[..self.size[1]]);
+        }
+    }
+
+    /// The reverse of [`read`](Self::read).
+    pub fn write(&self, flat: &[f32], columns: usize, image: &mut [f32], width: usize) {
+        let rows = image[self.first[0] * width..].chunks_exact_mut(width).step_by(self.stride);
+        for (row, from) in rows.zip(flat.chunks(columns)).take(self.size[0]) {
+            let to = row[self.first[1]..].iter_mut().step_by(self.stride);
+            to.zip(&from[..self.size[1]]).for_each(|(to, from)| *to = *from);
+        }
+    }
+}
+
+/// How an image is copied into phase planes.
+pub struct PhasePlanes {
+    /// Height and width of the image.
+    image: [usize; 2],
+    /// Columns of a plane.
     columns: usize,
+    /// The part of each phase, and where it begins among the phase planes of a channel.
+    parts: Vec<(ImagePart, usize)>,
 }
 
 impl PhasePlanes {
     pub fn new(g: &Geometry) -> Self {
         let columns = g.phase_plane()[1];
-        let copy = |phase: usize| {
+        let part = |phase: usize| {
             let place = PhasePlace::both(g, [phase / g.phases(), phase % g.phases()]);
             let [row, column] = place.map(|axis| axis.within);
-            let start = phase * g.plane_length() + row * columns + column;
-            let [rows, columns] = place.map(|axis| axis.count);
-            PhaseCopy { start, first: place.map(|axis| axis.first), rows, columns }
+            (ImagePart::new(g, place), phase * g.plane_length() + row * columns + column)
         };
-        let phases = (0..g.phases() * g.phases()).map(copy);
-        Self {
-            stride: g.stride,
-            columns,
-            phases: phases.filter(|phase| phase.rows > 0 && phase.columns > 0).collect(),
-        }
+        let parts = (0..g.phases() * g.phases()).map(part).filter(|(part, _)| !part.is_empty());
+        Self { image: g.input, columns, parts: parts.collect() }
     }
 
     /// Copies an image into phase planes of padding; channel c starts at `c * channel_length`.
-    pub fn split(
-        &self,
-        [height, width]: [usize; 2],
-        input: &[f32],
-        planes: &mut [f32],
-        channel_length: usize,
-    ) {
-        for phase in &self.phases {
-            for (c, source) in input.chunks_exact(height * width).enumerate() {
-                let plane = planes[c * channel_length + phase.start..].chunks_mut(self.columns);
-                let source = source[phase.first[0] * width..].chunks_exact(width).step_by(self.stride);
-                for (to, from) in plane.zip(source).take(phase.rows) {
-                    copy_strided(&from[phase.first[1]..], self.stride, &mut to[..phase.columns]);
-                }
+    pub fn split(&self, image: &[f32], planes: &mut [f32], channel_length: usize) {
+        let [height, width] = self.image;
+        for (part, start) in &self.parts {
+            for (c, plane) in image.chunks_exact(height * width).enumerate() {
+                part.read(plane, width, &mut planes[c * channel_length + start..], self.columns);
             }
         }
     }
-}
 
-impl PhasePlanes {
-    /// The reverse of [`split`](Self::split) for one plane: copies phase planes to an image of zeros.
-    pub fn join(&self, [_, width]: [usize; 2], planes: &[f32], image: &mut [f32]) {
-        for phase in &self.phases {
-            let plane = planes[phase.start..].chunks(self.columns);
-            let rows = image[phase.first[0] * width..].chunks_exact_mut(width).step_by(self.stride);
-            for (row, from) in rows.zip(plane).take(phase.rows) {
-                let to = row[phase.first[1]..].iter_mut().step_by(self.stride);
-                to.zip(&from[..phase.columns]).for_each(|(to, from)| *to = *from);
-            }
+    /// The reverse of [`split`](Self::split) for one plane: copies phase planes to a plane of zeros.
+    pub fn join(&self, planes: &[f32], image: &mut [f32]) {
+        for (part, start) in &self.parts {
+            part.write(&planes[*start..], self.columns, image, self.image[1]);
         }
     }
 }
@@ -169,10 +175,10 @@ impl PaddedGradient {
         }
     }
 
-    /// All phases of the input.
+    /// All phases of the input that have positions in the image.
     pub fn phases(&self, g: &Geometry) -> Vec<InputPhase> {
         let phases = (0..g.phases()).flat_map(|y| (0..g.phases()).map(move |x| [y, x]));
-        phases.map(|phase| InputPhase::new(g, self, phase)).collect()
+        phases.map(|phase| InputPhase::new(g, self, phase)).filter(|phase| !phase.part.is_empty()).collect()
     }
 }
 
@@ -208,10 +214,8 @@ pub struct InputPhase {
     pub kernel_taps: Vec<usize>,
     /// Offsets of these taps into the padded gradient, for each of its channels.
     pub offsets: Vec<usize>,
-    /// First row and column of the image that belong to the phase.
-    first: [usize; 2],
-    /// Number of rows and columns of the image that belong to the phase.
-    pub count: [usize; 2],
+    /// The positions of the image that belong to the phase.
+    pub part: ImagePart,
 }
 
 impl InputPhase {
@@ -227,23 +231,7 @@ impl InputPhase {
         }
         let [row, column] = [0, 1].map(|axis| place[axis].within + padded.lead[axis] - reach);
         let offsets = channel_offsets(g.channels_out, padded.length(g), &taps, row * columns + column);
-        Self {
-            kernel_taps,
-            offsets,
-            first: place.map(|axis| axis.first),
-            count: place.map(|axis| axis.count),
-        }
-    }
-
-    pub fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
-        if self.count.contains(&0) {
-            return;
-        }
-        for (y, flat) in flat.chunks(columns).take(self.count[0]).enumerate() {
-            let row = &mut plane[(self.first[0] + y * g.stride) * g.input[1]..][..g.input[1]];
-            let values = flat.iter().take(self.count[1]);
-            row[self.first[1]..].iter_mut().step_by(g.stride).zip(values).for_each(|(to, from)| *to = *from);
-        }
+        Self { kernel_taps, offsets, part: ImagePart::new(g, place) }
     }
 }
 

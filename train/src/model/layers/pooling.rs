@@ -81,7 +81,7 @@ impl MaxPool {
                     },
                 );
             }
-            self.phases.join(self.g.input, sums, gradient);
+            self.phases.join(sums, gradient);
         })
     }
 
@@ -92,7 +92,7 @@ impl MaxPool {
     /// Copies the first plane of `input` to `scratch.padded`, and writes the maximum of every window to `scratch.maxima`.
     fn maxima(&self, input: &[f32], scratch: &mut Scratch) {
         let padded = sized(&mut scratch.padded, self.g.channel_length(), f32::NEG_INFINITY);
-        self.phases.split(self.g.input, &input[..self.g.input_length()], padded, self.g.channel_length());
+        self.phases.split(&input[..self.g.input_length()], padded, self.g.channel_length());
         let maxima = filled(&mut scratch.maxima, self.g.positions(), f32::NEG_INFINITY);
         for &tap in &self.taps {
             let values = &padded[tap..];
