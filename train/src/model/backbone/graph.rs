@@ -103,7 +103,9 @@ impl Pool {
             Self::Max(options) => layers::max_pool(input, options),
             Self::Average => {
                 // PERF: on the CPU the depthwise convolution takes a fraction of the time of Burn's average pooling.
-                let weight = Tensor::full([input.dims()[1], 1, 3, 3], 1.0 / 9.0, &input.device());
+                const SIDE: usize = PoolOptions::WINDOW;
+                let shape = [input.dims()[1], 1, SIDE, SIDE];
+                let weight = Tensor::full(shape, 1.0 / (SIDE * SIDE) as f32, &input.device());
                 let options = ConvolutionOptions { depthwise: true, ..ConvolutionOptions::new(1, 1) };
                 layers::convolution(input, weight, options)
             }

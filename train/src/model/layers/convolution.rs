@@ -11,7 +11,7 @@
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{PaddedGradient, PhasePlanes, copy, sized};
+use super::planes::{PaddedGradient, PhasePlanes, copy_rows, sized};
 use super::taps::{PackedWeights, TapProduct, channel_offsets};
 
 /// `[N, out, H', W']` from `[N, in, H, W]` and `[out, in, k, k]`.
@@ -30,10 +30,7 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
         phases.split(input, planes, g.channel_length());
         let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
         product.run(&mut scratch.accumulators, |o, flat| {
-            let plane = &mut output[o * height * width..][..height * width];
-            for (row, flat) in plane.chunks_exact_mut(width).zip(flat.chunks(columns)) {
-                copy(&flat[..width], row);
-            }
+            copy_rows(flat, columns, &mut output[o * height * width..][..height * width], width, width);
         });
     })
 }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{PaddedGradient, PhasePlanes, copy, sized};
+use super::planes::{PaddedGradient, PhasePlanes, copy_rows, sized};
 use super::taps::STEP;
 use crate::vectors::dispatch;
 
@@ -35,9 +35,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
         let weights = &weight[plane % channels * taps.len()..][..taps.len()];
         let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
         dispatch(Taps { plane: padded, taps: &taps, weights, positions: g.positions(), out: flat });
-        for (row, flat) in output.chunks_exact_mut(width).zip(flat.chunks(columns)) {
-            copy(&flat[..width], row);
-        }
+        copy_rows(flat, columns, output, width, width);
     })
 }
 
@@ -86,9 +84,7 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
             // Zero at positions that are not outputs.
             let flat = sized(&mut scratch.flat, g.positions() + STEP, 0.0);
             let source = &output_gradient[plane * height * width..][..height * width];
-            for (to, row) in flat.chunks_mut(columns).zip(source.chunks_exact(width)) {
-                copy(row, &mut to[..width]);
-            }
+            copy_rows(source, width, flat, columns, width);
             let (positions, sums) = (g.positions(), &mut sums[..taps.len()]);
             dispatch(Correlate { plane: padded, taps: &taps, flat, positions, sums });
         }

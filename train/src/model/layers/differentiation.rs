@@ -88,13 +88,13 @@ impl<B: LayerGradients> Backward<B, 2> for AddRelu {
 struct MaxPool;
 
 impl<B: LayerGradients> Backward<B, 1> for MaxPool {
-    type State = (FloatTensor<B>, PoolOptions);
+    type State = (FloatTensor<B>, FloatTensor<B>, PoolOptions);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
-        let ([node], (input, options)) = (ops.parents, ops.state);
+        let ([node], (input, output, options)) = (ops.parents, ops.state);
         if let Some(node) = node {
-            grads.register::<B>(node.id, B::max_pool_gradient(input, gradient, options));
+            grads.register::<B>(node.id, B::max_pool_gradient(input, output, gradient, options));
         }
     }
 }
@@ -146,7 +146,7 @@ impl<B: LayerGradients, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
         let (input, node) = input.into_parts();
         let output = B::max_pool(input.clone(), options);
         match MaxPool.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((input, options), output),
+            OpsKind::Tracked(prep) => prep.finish((input, output.clone(), options), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }

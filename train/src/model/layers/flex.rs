@@ -42,9 +42,24 @@ fn geometry(input: &Shape, weight: &Shape, options: ConvolutionOptions) -> Geome
     }
 }
 
-/// The geometry of one plane of a depthwise convolution.
-fn plane(g: &Geometry) -> Geometry {
-    Geometry { images: 1, channels_in: 1, channels_out: 1, ..*g }
+type Pass = fn(&Geometry, &[f32], &[f32]) -> Vec<f32>;
+type DepthwisePass = fn(&Geometry, usize, &[f32], &[f32]) -> Vec<f32>;
+
+/// Runs one pass of a convolution on two tensors' values: depthwise, as a matrix product where that pays, or direct.
+fn pass(
+    g: &Geometry,
+    is_depthwise: bool,
+    (depthwise, product, direct): (DepthwisePass, Pass, Pass),
+    [a, b]: [&[f32]; 2],
+) -> Vec<f32> {
+    if is_depthwise {
+        let plane = Geometry { images: 1, channels_in: 1, channels_out: 1, ..*g };
+        depthwise(&plane, g.channels_in, a, b)
+    } else if matrix::fits(g) {
+        product(g, a, b)
+    } else {
+        direct(g, a, b)
+    }
 }
 
 fn planes(input: &Shape) -> Planes {
@@ -91,13 +106,8 @@ impl LayerOps for Flex {
     fn convolution(input: CpuTensor, weight: CpuTensor, options: ConvolutionOptions) -> CpuTensor {
         let g = geometry(&input.shape(), &weight.shape(), options);
         let (input, weight) = (Values::new(input), Values::new(weight));
-        let values = if options.depthwise {
-            depthwise::forward(&plane(&g), g.channels_in, input.get(), weight.get())
-        } else if matrix::fits(&g) {
-            matrix::forward(&g, input.get(), weight.get())
-        } else {
-            convolution::forward(&g, input.get(), weight.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) = (depthwise::forward, matrix::forward, convolution::forward);
+        let values = pass(&g, options.depthwise, passes, [input.get(), weight.get()]);
         let [height, width] = g.output();
         tensor(values, [g.images, g.channels_out, height, width])
     }
@@ -142,13 +152,9 @@ impl LayerGradients for Flex {
         let shape = input.shape();
         let g = geometry(&shape, &weight.shape(), options);
         let (gradient, weight) = (Values::new(output_gradient), Values::new(weight));
-        let values = if options.depthwise {
-            depthwise::input_gradient(&plane(&g), g.channels_in, gradient.get(), weight.get())
-        } else if matrix::fits(&g) {
-            matrix::input_gradient(&g, gradient.get(), weight.get())
-        } else {
-            convolution::input_gradient(&g, gradient.get(), weight.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) =
+            (depthwise::input_gradient, matrix::input_gradient, convolution::input_gradient);
+        let values = pass(&g, options.depthwise, passes, [gradient.get(), weight.get()]);
         tensor(values, shape)
     }
 
@@ -160,11 +166,9 @@ impl LayerGradients for Flex {
     ) -> CpuTensor {
         let g = geometry(&input.shape(), &weight.shape(), options);
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        let values = if options.depthwise {
-            depthwise::weight_gradient(&plane(&g), g.channels_in, input.get(), gradient.get())
-        } else {
-            weight_gradient::weight_gradient(&g, input.get(), gradient.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) =
+            (depthwise::weight_gradient, weight_gradient::weight_gradient, weight_gradient::weight_gradient);
+        let values = pass(&g, options.depthwise, passes, [input.get(), gradient.get()]);
         tensor(values, weight.shape())
     }
 
@@ -203,9 +207,15 @@ impl LayerGradients for Flex {
         tensor(normalisation::add_relu_gradient(output.get(), gradient.get()), shape)
     }
 
-    fn max_pool_gradient(input: CpuTensor, output_gradient: CpuTensor, options: PoolOptions) -> CpuTensor {
+    fn max_pool_gradient(
+        input: CpuTensor,
+        output: CpuTensor,
+        output_gradient: CpuTensor,
+        options: PoolOptions,
+    ) -> CpuTensor {
         let shape = input.shape();
-        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        tensor(MaxPool::new([shape[2], shape[3]], options).gradient(input.get(), gradient.get()), shape)
+        let [input, output, gradient] = [input, output, output_gradient].map(Values::new);
+        let pool = MaxPool::new([shape[2], shape[3]], options);
+        tensor(pool.gradient(input.get(), output.get(), gradient.get()), shape)
     }
 }

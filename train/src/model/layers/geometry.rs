@@ -94,16 +94,24 @@ impl Geometry {
 
     /// Where the inputs of each output position begin in a padded image with channels last.
     pub fn starts(&self) -> Vec<usize> {
-        let [height, width] = self.output();
-        let at = |y: usize, x: usize| (y * self.padded()[1] + x) * self.stride * self.channels_in;
-        (0..height).flat_map(|y| (0..width).map(move |x| at(y, x))).collect()
+        self.channels_last(self.output(), self.stride, [0; 2])
     }
 
     /// Where each position of an image begins in a padded image with channels last.
     pub fn padded_places(&self) -> Vec<usize> {
-        let ([height, width], [above, left]) = (self.input, self.before());
-        let at = |y: usize, x: usize| ((y + above) * self.padded()[1] + x + left) * self.channels_in;
-        (0..height).flat_map(|y| (0..width).map(move |x| at(y, x))).collect()
+        self.channels_last(self.input, 1, self.before())
+    }
+
+    /// Every `stride`th position of a padded image with channels last, from a row and column on.
+    fn channels_last(
+        &self,
+        [rows, columns]: [usize; 2],
+        stride: usize,
+        [row, column]: [usize; 2],
+    ) -> Vec<usize> {
+        let width = self.padded()[1];
+        let at = |y: usize, x: usize| ((row + y * stride) * width + column + x * stride) * self.channels_in;
+        (0..rows).flat_map(|y| (0..columns).map(move |x| at(y, x))).collect()
     }
 
     pub fn input_length(&self) -> usize {

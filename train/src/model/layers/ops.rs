@@ -79,6 +79,7 @@ pub trait LayerGradients: LayerOps {
     /// dL/d(input) of [`max_pool`](LayerOps::max_pool). The first of several equal maxima gets the gradient.
     fn max_pool_gradient(
         input: FloatTensor<Self>,
+        output: FloatTensor<Self>,
         output_gradient: FloatTensor<Self>,
         options: PoolOptions,
     ) -> FloatTensor<Self>;

@@ -126,6 +126,14 @@ pub fn copy(from: &[f32], to: &mut [f32]) {
     }
 }
 
+/// Copies rows of `width` values, which begin every `from_stride` values, to rows that begin every `to_stride` values, until one
+/// side has no more.
+pub fn copy_rows(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize, width: usize) {
+    for (from, to) in from.chunks(from_stride).zip(to.chunks_mut(to_stride)) {
+        copy(&from[..width], &mut to[..width]);
+    }
+}
+
 /// Copies a row of N to 2 N values: its first N, then its last N.
 #[inline(always)]
 fn copy_ends<const N: usize>(from: &[f32], to: &mut [f32]) {
@@ -155,7 +163,7 @@ impl PaddedGradient {
             let first = extents.clone().map(|extent| extent.within).min().unwrap_or(0).min(g.reach());
             let end = extents.map(|extent| extent.within + extent.count).max().unwrap_or(0);
             lead[axis] = g.reach() - first;
-            size[axis] = (end + lead[axis]).max(g.output()[axis] + lead[axis]);
+            size[axis] = lead[axis] + end.max(g.output()[axis]);
         }
         Self { size, lead }
     }
@@ -167,12 +175,8 @@ impl PaddedGradient {
 
     /// Copies a plane of the output gradient into a zeroed padded plane.
     pub fn copy(&self, g: &Geometry, gradient: &[f32], plane: &mut [f32]) {
-        let width = g.output()[1];
-        for (row, to) in
-            gradient.chunks_exact(width).zip(plane.chunks_exact_mut(self.size[1]).skip(self.lead[0]))
-        {
-            copy(row, &mut to[self.lead[1]..][..width]);
-        }
+        let (width, start) = (g.output()[1], self.lead[0] * self.size[1] + self.lead[1]);
+        copy_rows(gradient, width, &mut plane[start..], self.size[1], width);
     }
 
     /// All phases of the input that have positions in the image.

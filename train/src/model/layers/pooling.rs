@@ -6,7 +6,7 @@
 use super::PoolOptions;
 use super::buffer::written;
 use super::geometry::Geometry;
-use super::planes::{PhasePlanes, copy, filled, sized, zeroed};
+use super::planes::{PhasePlanes, copy_rows, filled, sized, zeroed};
 use crate::vectors::vectorised;
 
 /// Buffers that a thread reuses.
@@ -48,31 +48,42 @@ impl MaxPool {
         let [height, width] = self.output();
         let planes = input.len() / self.g.input_length();
         written(planes * height * width, height * width, |scratch: &mut Scratch, plane, output| {
-            self.maxima(&input[plane * self.g.input_length()..], scratch);
-            for (row, maxima) in output.chunks_exact_mut(width).zip(scratch.maxima.chunks(self.columns())) {
-                copy(&maxima[..width], row);
-            }
-        })
-    }
-
-    /// dL/d(input) from the input and dL/d(output). Of several equal maxima of a window the first, row by row, gets the gradient.
-    pub fn gradient(&self, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-        let [height, width] = self.output();
-        written(input.len(), self.g.input_length(), |scratch: &mut Scratch, plane, gradient| {
-            self.maxima(&input[plane * self.g.input_length()..], scratch);
-            // What no place of the window has taken so far; zero at positions that are not outputs.
-            let left = sized(&mut scratch.left, self.g.positions(), 0.0);
-            let rows = output_gradient[plane * height * width..].chunks_exact(width).take(height);
-            for (to, row) in left.chunks_mut(self.columns()).zip(rows) {
-                copy(row, &mut to[..width]);
-            }
-            let (maxima, sums) = (&scratch.maxima, zeroed(&mut scratch.gradient, self.g.channel_length()));
+            let padded = self.padded(input, plane, &mut scratch.padded);
+            let maxima = filled(&mut scratch.maxima, self.g.positions(), f32::NEG_INFINITY);
             for &tap in &self.taps {
-                let (values, sums) = (&scratch.padded[tap..], &mut sums[tap..]);
+                let values = &padded[tap..];
                 vectorised(
                     #[inline(always)]
                     || {
-                        let windows = left.iter_mut().zip(maxima).zip(values).zip(sums.iter_mut());
+                        for (maximum, &value) in maxima.iter_mut().zip(values) {
+                            *maximum = if (value > *maximum) | value.is_nan() { value } else { *maximum };
+                        }
+                    },
+                );
+            }
+            copy_rows(maxima, self.columns(), output, width, width);
+        })
+    }
+
+    /// dL/d(input) from input, output and dL/d(output). Of several equal maxima of a window the first, row by row, gets the
+    /// gradient.
+    pub fn gradient(&self, input: &[f32], output: &[f32], output_gradient: &[f32]) -> Vec<f32> {
+        let [height, width] = self.output();
+        written(input.len(), self.g.input_length(), |scratch: &mut Scratch, plane, gradient| {
+            let padded = self.padded(input, plane, &mut scratch.padded);
+            let outputs = plane * height * width..(plane + 1) * height * width;
+            let maxima = sized(&mut scratch.maxima, self.g.positions(), 0.0);
+            copy_rows(&output[outputs.clone()], width, maxima, self.columns(), width);
+            // What no place of the window has taken so far; zero at positions that are not outputs.
+            let left = sized(&mut scratch.left, self.g.positions(), 0.0);
+            copy_rows(&output_gradient[outputs], width, left, self.columns(), width);
+            let sums = zeroed(&mut scratch.gradient, self.g.channel_length());
+            for &tap in &self.taps {
+                let (values, sums) = (&padded[tap..], &mut sums[tap..]);
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let windows = left.iter_mut().zip(&*maxima).zip(values).zip(sums.iter_mut());
                         for (((left, &maximum), &value), sum) in windows {
                             let taken = if value == maximum { *left } else { 0.0 };
                             *left = if value == maximum { 0.0 } else { *left };
@@ -89,21 +100,11 @@ impl MaxPool {
         self.g.phase_plane()[1]
     }
 
-    /// Copies the first plane of `input` to `scratch.padded`, and writes the maximum of every window to `scratch.maxima`.
-    fn maxima(&self, input: &[f32], scratch: &mut Scratch) {
-        let padded = sized(&mut scratch.padded, self.g.channel_length(), f32::NEG_INFINITY);
-        self.phases.split(&input[..self.g.input_length()], padded, self.g.channel_length());
-        let maxima = filled(&mut scratch.maxima, self.g.positions(), f32::NEG_INFINITY);
-        for &tap in &self.taps {
-            let values = &padded[tap..];
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (maximum, &value) in maxima.iter_mut().zip(values) {
-                        *maximum = if (value > *maximum) | value.is_nan() { value } else { *maximum };
-                    }
-                },
-            );
-        }
+    /// A plane of the input in padded phase planes.
+    fn padded<'a>(&self, input: &[f32], plane: usize, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        let length = self.g.input_length();
+        let padded = sized(buffer, self.g.channel_length(), f32::NEG_INFINITY);
+        self.phases.split(&input[plane * length..][..length], padded, self.g.channel_length());
+        padded
     }
 }

@@ -28,7 +28,9 @@ const LANES: usize = 16;
 pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> Vec<f32> {
     let (area, row) = (g.output().iter().product::<usize>(), g.kernel * g.channels_in);
     let tasks = Tasks::new(g);
-    let block_length = g.kernel * tasks.block * row.next_multiple_of(LANES);
+    // Floats of the sums of a row of the kernel for one output, and of all rows for the outputs of a block.
+    let stride = row.next_multiple_of(LANES);
+    let block_length = g.kernel * tasks.block * stride;
     // Images that are summed together, so that small maps have long sums too.
     let together = (RUN / area.max(1)).clamp(1, tasks.images);
     let (image_length, places) = (g.padded_length(), g.padded_places());
@@ -67,6 +69,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
                 positions,
                 weights: &scratch.weights,
                 block_length,
+                stride,
                 rows: g.kernel,
                 next_row: g.padded()[1] * g.channels_in,
                 row,
@@ -80,7 +83,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
         .map_init(Scratch::default, |scratch, task| run(scratch, task))
         .collect();
 
-    let (taps, stride) = (g.kernel * g.kernel, row.next_multiple_of(LANES));
+    let taps = g.kernel * g.kernel;
     written(
         g.channels_out * g.channels_in * taps,
         g.channels_in * taps,
@@ -150,8 +153,10 @@ struct KernelRows<'a> {
     planes: &'a [f32],
     positions: &'a [usize],
     weights: &'a [[f32; WIDEST_BLOCK]],
-    /// Floats of the sums of a block, rows of the kernel, and floats between two of them in the planes.
+    /// Floats of the sums of a block, and of a row of the kernel for one output.
     block_length: usize,
+    stride: usize,
+    /// Rows of the kernel, and floats between two of them in the planes.
     rows: usize,
     next_row: usize,
     /// Number of x.
@@ -182,7 +187,7 @@ impl WithSimd for OutputsTogether {
 impl KernelRows<'_> {
     #[inline(always)]
     fn run<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S) {
-        assert_eq!(self.block_length, self.rows * OUTPUTS * self.row.next_multiple_of(LANES));
+        assert_eq!(self.block_length, self.rows * OUTPUTS * self.stride);
         for first in (0..self.positions.len()).step_by(RUN) {
             let run = first..(first + RUN).min(self.positions.len());
             for y in 0..self.rows {
@@ -208,7 +213,6 @@ impl KernelRows<'_> {
         x: usize,
     ) {
         let planes = &self.planes[y * self.next_row + x..];
-        let stride = self.row.next_multiple_of(LANES);
         let weights = self.weights.chunks_exact(self.positions.len());
         for (weights, sums) in weights.zip(self.sums.chunks_exact_mut(self.block_length)) {
             let totals = tile::<S, OUTPUTS, VECTORS>(
@@ -218,7 +222,7 @@ impl KernelRows<'_> {
                 &weights[run.clone()],
             );
             for (o, totals) in totals.iter().enumerate() {
-                let sums = &mut sums[(y * OUTPUTS + o) * stride + x..][..VECTORS * S::F32_LANES];
+                let sums = &mut sums[(y * OUTPUTS + o) * self.stride + x..][..VECTORS * S::F32_LANES];
                 let sums = S::as_mut_simd_f32s(sums).0;
                 sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = simd.add_f32s(*sum, *total));
             }

@@ -5,8 +5,8 @@
 //! order, and products are in f32, not TF32: a seed gives the same run each time.
 //!
 //! Maps have the layout `[N, H, W, C]` in memory (Burn's shape remains `[N, C, H, W]`), so that neighbouring
-//! threads read neighbouring channels. Results of these operations and of Burn's poolings, which are used as they are, have that layout
-//! and are read in place; anything else (the pictures, a concatenation) is copied once.
+//! threads read neighbouring channels. Results of these operations and of Burn's maximum pooling, which is used
+//! as it is, have that layout and are read in place; anything else (the pictures, a concatenation) is copied once.
 //!
 //! | file | kernels |
 //! | --- | --- |
@@ -222,6 +222,7 @@ impl LayerGradients for Cube {
 
     fn max_pool_gradient(
         input: CubeTensor,
+        _: CubeTensor,
         output_gradient: CubeTensor,
         PoolOptions { stride, padding, ceil }: PoolOptions,
     ) -> CubeTensor {
