@@ -14,7 +14,7 @@ use burn::tensor::{Device, Tensor};
 use clap::Parser;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas_train::data::ImageBatch;
-use ddtas_train::model::{EmbeddingNetwork, Normalise, backward, read, to_array};
+use ddtas_train::model::{EmbeddingNetwork, Normalise, backward, read, seeded, to_array};
 use ddtas_train::train::{Engine, TrainSettings, chunks};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
@@ -38,13 +38,14 @@ fn settings(arguments: &str) -> TrainSettings {
 
 /// A network with running statistics of 20 batches.
 fn network(settings: &TrainSettings, device: &Device) -> EmbeddingNetwork {
-    device.seed(3);
-    let network = EmbeddingNetwork::new(&settings.network_shape(), device);
-    for seed in 0..20 {
-        let images = chunk(&batch(12, seed), device);
-        let _ = network.forward(images, Normalise::Training);
-    }
-    network
+    seeded(device, 3, || {
+        let network = EmbeddingNetwork::new(&settings.network_shape(), device);
+        for seed in 0..20 {
+            let images = chunk(&batch(12, seed), device);
+            let _ = network.forward(images, Normalise::Training);
+        }
+        network
+    })
 }
 
 /// `count` pictures of noise, four per class.
@@ -101,6 +102,17 @@ fn moved(before: &Weights, after: &Weights) -> Vec<String> {
 /// Largest change of a tensor's entries.
 fn change((before, after): &(Weights, Weights), name: &str) -> f32 {
     before[name].iter().zip(&after[name]).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
+}
+
+#[test]
+fn a_seed_gives_the_same_weights_in_every_thread() {
+    let (settings, device) = (settings(""), Device::flex().autodiff());
+    let drawn = || seeded(&device, 3, || weights(&EmbeddingNetwork::new(&settings.network_shape(), &device)));
+    let wanted = drawn();
+    std::thread::scope(|threads| {
+        let drawn: Vec<_> = (0..4).map(|_| threads.spawn(|| (0..20).all(|_| drawn() == wanted))).collect();
+        assert!(drawn.into_iter().all(|thread| thread.join().unwrap()));
+    });
 }
 
 #[test]

@@ -9,6 +9,8 @@ pub(crate) mod ranks;
 pub(crate) mod synchronised;
 mod weights;
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::store::ModuleSnapshot;
@@ -118,7 +120,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl EmbeddingNetwork {
-    /// A network with random weights, drawn from the device's generator (seed it first).
+    /// A network with random weights, which Burn draws at their first use (see [`seeded`]).
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         let backbone = Backbone::new(shape, device);
@@ -146,6 +148,17 @@ impl EmbeddingNetwork {
             None => path.to_owned(),
         }
     }
+}
+
+/// Runs `make` with the random generator of the device seeded, so that a seed gives the same weights.
+///
+/// Burn has one generator for all threads, so only one thread at a time is in here. It draws a weight at its first
+/// use: `make` must use all of them.
+pub fn seeded<T>(device: &Device, seed: u64, make: impl FnOnce() -> T) -> T {
+    static DRAWING: Mutex<()> = Mutex::new(());
+    let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
+    device.seed(seed);
+    make()
 }
 
 /// Gradients of the weights of `network` from its `embeddings` E and the `gradient` dL/dE: the backward pass

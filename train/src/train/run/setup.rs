@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::Device;
 
@@ -10,7 +10,7 @@ use super::evaluation::EVALUATION_CHUNK;
 use super::memory::{self, Pictures};
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler, fewer_than};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
-use crate::model::EmbeddingNetwork;
+use crate::model::{EmbeddingNetwork, seeded};
 use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
 use crate::train::device::{RunDevice, moved, open};
@@ -138,9 +138,6 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
     make_network(settings, init.as_ref(), device)
 }
 
-/// Locked while random weights are drawn.
-static DRAWING: Mutex<()> = Mutex::new(());
-
 /// A network with the weights of `stored`, of `--weights`, or random ones. They are read or drawn on the CPU
 /// and then moved to `device`, so that a seed gives the same weights on every device.
 fn make_network(
@@ -149,21 +146,21 @@ fn make_network(
     device: &Device,
 ) -> Result<EmbeddingNetwork> {
     let cpu = Device::flex().autodiff();
-    // All threads share the device's random generator, and ranks may be threads.
-    let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
-    cpu.seed(settings.seed);
     let shape = settings.network_shape();
-    let mut network = EmbeddingNetwork::new(&shape, &cpu);
-    if let Some(stored) = stored {
-        let found = stored.shape()?;
-        if found != shape {
-            return Err(Error::format(stored.path(), format!("holds a network of {found}: give the same")));
+    seeded(&cpu, settings.seed, || {
+        let mut network = EmbeddingNetwork::new(&shape, &cpu);
+        if let Some(stored) = stored {
+            let found = stored.shape()?;
+            if found != shape {
+                let message = format!("holds a network of {found}: give the same");
+                return Err(Error::format(stored.path(), message));
+            }
+            network = stored.fill(network)?;
+        } else if let Some(path) = &settings.weights {
+            network.backbone = network.backbone.with_weights(path)?;
         }
-        network = stored.fill(network)?;
-    } else if let Some(path) = &settings.weights {
-        network.backbone = network.backbone.with_weights(path)?;
-    }
-    Ok(moved(network, device))
+        Ok(moved(network, device))
+    })
 }
 
 /// The threshold generator in its initial state; a resumed run restores its state afterwards.
