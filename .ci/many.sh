@@ -18,7 +18,15 @@ python() {
         echo "torch cannot be installed here: its processes are skipped"
         return
     fi
-    "$python" -m pytest -q python/tests/many_group.py
+    # The same package with the emulated device in place of a GPU, in a folder of its own.
+    (
+        source .ci/tools.sh
+        CARGO_TARGET_DIR=$PWD/target/python-build cargo build --release --locked --quiet --manifest-path python/Cargo.toml --features emulated
+    )
+    mkdir "$place/emulated"
+    cp -r python/ddtas "$place/emulated"
+    cp target/python-build/release/lib_ddtas.so "$place/emulated/ddtas/_ddtas.abi3.so"
+    PYTHONPATH=$place/emulated "$python" -m pytest -q python/tests/{many_group,test_emulated}.py
     cargo build --release --quiet --bin make-fixture --bin ddtas-train
     local root
     root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")

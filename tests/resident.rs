@@ -268,8 +268,8 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
 }
 
 /// The part of rows `range` of the batch `all`.
-fn part_of<'a>(
-    all: (&'a Array2<f32>, &'a [i64]),
+fn part_of(
+    all: (&Array2<f32>, &[i64]),
     range: std::ops::Range<usize>,
     gradient: &mut Array2<f32>,
     identity: ResidentIdentity,
@@ -290,26 +290,32 @@ fn part_of<'a>(
     ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), normalize: false }
 }
 
-#[test]
-fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
-    let (e, labels) = rows(140, 0.0);
-    let all = Rows::new(e.view(), &labels);
-    let settings = LossSettings { lambda_pos: 0.6, lambda_neg: 0.4, ..LossSettings::default() };
-    let lengths = [50, 90];
-    let mut host: Vec<Box<dyn Backend>> = vec![Box::new(backend()), Box::new(backend())];
-    let tangent = Array2::zeros((140, 2));
-    let wanted = loss_in_parts(&mut host, &all, &lengths, &settings, tangent.view()).unwrap().output;
-    assert!(wanted.active > 0, "a batch that mines something");
+/// What two parts found: numbers of the rows, totals, gradient and the parts' scalars.
+struct FoundInParts {
+    min_pos: Vec<f32>,
+    max_neg: Vec<f32>,
+    count_pos: Vec<u32>,
+    count_neg: Vec<u32>,
+    sums: [u64; 2],
+    gradient: Array2<f32>,
+    scalars: [LossScalars; 2],
+}
 
-    // Thresholds in device memory, which differ from those in `given.settings`, and `first` in device memory.
-    let (lambda, first, list) = ([0.6f64, 0.4], 50u64, (0..50).collect::<Vec<u32>>());
+/// Enqueues the loss of 140 rows in two parts. Thresholds are in device memory, and differ from those in the settings; so is
+/// `first` of the second part.
+fn enqueue_parts((e, labels): (&Array2<f32>, &[i64]), lambda: [f64; 2], normalize: bool) -> FoundInParts {
+    let (first, list) = (50u64, (0..50).collect::<Vec<u32>>());
     let given = ResidentSettings { settings: LossSettings::default(), lambda: lambda.as_ptr() as u64 };
     let mut gradients = [Array2::zeros((50, 2)), Array2::zeros((90, 2))];
     let identities =
         [ResidentIdentity::List(list.as_ptr() as u64), ResidentIdentity::FromAt(&raw const first as u64)];
     let ranges = [0..50, 50..140];
+    let part = |p: usize, gradient: &mut Array2<f32>| {
+        let part = part_of((e, labels), ranges[p].clone(), gradient, identities[p]);
+        ResidentPart { normalize, ..part }
+    };
     let parts: Vec<ResidentPart> =
-        (0..2).map(|p| part_of((&e, &labels), ranges[p].clone(), &mut gradients[p], identities[p])).collect();
+        gradients.iter_mut().enumerate().map(|(p, gradient)| part(p, gradient)).collect();
     let mut backends = [backend(), backend()];
     let (mut min_pos, mut max_neg) = (vec![0.0f32; 140], vec![0.0f32; 140]);
     let (mut count_pos, mut count_neg) = (vec![0u32; 140], vec![0u32; 140]);
@@ -346,17 +352,50 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
             backends[p].enqueue_gradient(&parts[p], given, scalars[p].as_mut_ptr() as u64).unwrap();
         }
     }
-    assert_eq!((min_pos, max_neg), (wanted.min_pos, wanted.max_neg));
-    assert_eq!((count_pos, count_neg), (wanted.count_pos, wanted.count_neg));
-    assert_eq!(sums, [wanted.probe_neg, wanted.total_pos]);
     let [first, second] = gradients;
-    assert_eq!(ndarray::concatenate![ndarray::Axis(0), first, second], wanted.gradient);
+    let gradient = ndarray::concatenate![ndarray::Axis(0), first, second];
     // SAFETY: the words have the size and alignment of LossScalars; its fields allow any bit pattern.
     let scalars = scalars.map(|words| unsafe { words.as_ptr().cast::<LossScalars>().read() });
+    FoundInParts { min_pos, max_neg, count_pos, count_neg, sums, gradient, scalars }
+}
+
+#[test]
+fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
+    let (e, labels) = rows(140, 0.0);
+    let all = Rows::new(e.view(), &labels);
+    let settings = LossSettings { lambda_pos: 0.6, lambda_neg: 0.4, ..LossSettings::default() };
+    let mut host: Vec<Box<dyn Backend>> = vec![Box::new(backend()), Box::new(backend())];
+    let tangent = Array2::zeros((140, 2));
+    let wanted = loss_in_parts(&mut host, &all, &[50, 90], &settings, tangent.view()).unwrap().output;
+    assert!(wanted.active > 0, "a batch that mines something");
+
+    let found = enqueue_parts((&e, &labels), [0.6, 0.4], false);
+    assert_eq!((found.min_pos, found.max_neg), (wanted.min_pos, wanted.max_neg));
+    assert_eq!((found.count_pos, found.count_neg), (wanted.count_pos, wanted.count_neg));
+    assert_eq!(found.sums, [wanted.probe_neg, wanted.total_pos]);
+    assert_eq!(found.gradient, wanted.gradient);
     // The fixed-point unit of the sums allows for any threshold, so they are rounded more coarsely.
-    let loss = scalars[0].loss + scalars[1].loss;
+    let loss = found.scalars.iter().map(|scalars| scalars.loss).sum::<f64>();
     assert!((loss - wanted.loss).abs() < 1e-9, "{loss} {}", wanted.loss);
-    assert_eq!(scalars[0].active + scalars[1].active, wanted.active);
+    assert_eq!(found.scalars.iter().map(|scalars| scalars.active).sum::<u64>(), wanted.active);
+}
+
+#[test]
+fn parts_of_rows_of_any_length_have_the_loss_and_gradient_of_the_whole_batch() {
+    let (unit, labels) = rows(140, 0.0);
+    let e = unit * 3.0;
+    let mut gradient = Array2::from_elem((140, 2), f32::NAN);
+    let whole = enqueue(&e, &labels, &mut gradient, true).unwrap();
+    let LossSettings { lambda_pos, lambda_neg, .. } = LossSettings::default();
+    let found = enqueue_parts((&e, &labels), [lambda_pos, lambda_neg], true);
+    let sum = |of: fn(&LossScalars) -> f64| found.scalars.iter().map(of).sum::<f64>();
+    assert!(whole.loss > 0.0 && (sum(|part| part.loss) - whole.loss).abs() < 1e-6 * whole.loss);
+    assert_eq!(sum(|part| part.mined_pos as f64), whole.mined_pos as f64);
+    assert_eq!(sum(|part| part.mined_neg as f64), whole.mined_neg as f64);
+    let largest = gradient.iter().fold(0.0f32, |most, entry| most.max(entry.abs()));
+    assert!(largest > 0.0);
+    let close = |(got, want): (&f32, &f32)| (got - want).abs() <= 1e-5 * largest;
+    assert!(found.gradient.iter().zip(&gradient).all(close), "{} {gradient}", found.gradient);
 }
 
 /// Enqueues the loss of a whole batch with default settings; its scalars.

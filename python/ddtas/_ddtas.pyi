@@ -17,7 +17,7 @@ __all__ = [
     "_loss_at",
     "_norm_tolerance",
     "_read_scalars",
-    "_refuse_anchor",
+    "_refuse_row",
     "_normalize_at",
     "address_of",
     "check_settings",
@@ -177,7 +177,7 @@ def _initial_tolerances(mining: str, numbers: Sequence[float]) -> tuple[float, f
 def _norm_tolerance(dtype: int) -> float:
     """How far the norm of a row of that type may be from 1."""
 
-def _refuse_anchor(row: int, square_sum: float) -> None:
+def _refuse_row(of_references: bool, row: int, square_sum: float) -> None:
     """Raises the error for a row that is not finite or not of unit length, by the sum of its squares."""
 
 def _read_scalars(written: bytes) -> list[float]:

@@ -4,8 +4,9 @@
 
 use std::ffi::c_void;
 
+#[cfg(feature = "cuda")]
 use ddtas::backend::cuda::CudaBackend;
-use ddtas::backend::device::{ElementType, Options, ResidentBatch, ResidentRows};
+use ddtas::backend::device::{ElementType, Options, ResidentBatch, ResidentOutput, ResidentRows};
 use ddtas::loss;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
@@ -17,9 +18,11 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::context::{Found, QueryMetrics, depths, found, metrics_of_queries};
+#[cfg(not(feature = "cuda"))]
+use crate::emulated::CudaBackend;
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::resident::{Issued, Target, Where, Workspaces};
+use crate::resident::{Target, Where, Workspaces, part_of, settings_of};
 use crate::settings::Settings;
 use crate::sides::{SEARCH, Sides, unit_check};
 
@@ -173,14 +176,13 @@ fn batch_of(sides: &[Side], check: bool) -> PyResult<ResidentBatch> {
 
 impl CudaContext {
     /// Runs `work` in the workspace of that GPU and stream, with the interpreter detached.
-    fn compute<T: Send>(
+    pub fn compute<T: Send>(
         &self,
         py: Python<'_>,
-        ordinal: usize,
-        stream: usize,
+        place: Where,
         work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T> + Send,
     ) -> PyResult<T> {
-        py.detach(|| self.0.compute((ordinal, stream), work)).map_err(raise)
+        py.detach(|| self.0.compute(place, work)).map_err(raise)
     }
 }
 
@@ -210,11 +212,13 @@ impl CudaContext {
         output: (usize, usize),
         normalize: bool,
     ) -> PyResult<()> {
-        let settings = Settings::of_numbers(mining, numbers);
-        let issued = Issued::new(&sides, (identity, lambdas), output, &settings, (check, normalize))?;
+        let total = sides.first().map_or(0, |anchors| anchors.2);
+        let part = part_of(&sides, (None, identity), total, (check, normalize))?;
+        let settings = settings_of(mining, numbers, lambdas)?;
+        let output = ResidentOutput { scalars: output.0 as u64, loss: output.1 as u64 };
         // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch does
         // not reuse their memory before this stream has finished.
-        self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
+        self.compute(py, place, |backend| unsafe { backend.enqueue_loss(&part, &settings, output) })
     }
 
     /// Both sums of the threshold gradient along tangents, `[B, D]` and perhaps `[N, D]`, in float32.
@@ -247,7 +251,7 @@ impl CudaContext {
             }
         }
         let ordinal = sides[0].rows.device.device_id as usize;
-        let sums = self.compute(py, ordinal, stream, |backend| {
+        let sums = self.compute(py, (ordinal, stream), |backend| {
             let mut output = loss::LossOutput::default();
             // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold
             // them until the call has waited for the GPU; the protocol made them ready on this stream; the
@@ -277,8 +281,7 @@ impl CudaContext {
         let ks = depths(&ks)?;
         let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let metrics =
-            self.compute(py, place.0, place.1, |backend| metrics_of_queries(backend, &batch, &ks))?;
+        let metrics = self.compute(py, place, |backend| metrics_of_queries(backend, &batch, &ks))?;
         Ok(metrics.into_python(py))
     }
 
@@ -294,7 +297,7 @@ impl CudaContext {
         let side = Side::new("queries", &rows, &Stream(stream))?;
         let batch = batch_of(std::slice::from_ref(&side), true)?;
         let ordinal = side.rows.device.device_id as usize;
-        let recall = self.compute(py, ordinal, stream, |backend| {
+        let recall = self.compute(py, (ordinal, stream), |backend| {
             // SAFETY: as in `threshold_gradient`; `side` holds the tensors.
             let labels = unsafe { backend.labels_resident(&batch.anchors) }?;
             recall_by(&labels, &ks, &mut |picked, k| {

@@ -12,7 +12,9 @@
 //! | `tensors.rs` | the loss of tensors by their addresses, for `ddtas.torch` |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
 //! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
+//! | `cuda_part.rs` | `CudaPart`: some anchors of a batch there, and the steps of their loss |
 //! | `resident.rs` | the loss issued on a GPU without waiting, and the workspaces there |
+//! | `emulated.rs` | the emulated device in place of a GPU, for tests (feature `emulated`) |
 //! | `error.rs` | the library's errors as Python's exceptions |
 //!
 //! The interpreter is detached while something is computed.
@@ -24,14 +26,18 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 mod context;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "emulated"))]
 mod cuda;
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+mod cuda_part;
 mod double;
+#[cfg(all(feature = "emulated", not(feature = "cuda")))]
+mod emulated;
 mod error;
 mod input;
 mod output;
 mod part;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "emulated"))]
 mod resident;
 mod settings;
 mod sides;
@@ -65,8 +71,9 @@ fn _norm_tolerance(dtype: u8) -> f64 {
 
 /// Raises the error for a row that is not finite or not of unit length, by the sum of its squares.
 #[pyfunction]
-fn _refuse_anchor(row: usize, square_sum: f64) -> PyResult<()> {
-    Err(error::raise(Error::bad_row("anchors", row, square_sum)))
+fn _refuse_row(of_references: bool, row: usize, square_sum: f64) -> PyResult<()> {
+    let rows = if of_references { "references" } else { "anchors" };
+    Err(error::raise(Error::bad_row(rows, row, square_sum)))
 }
 
 /// Reads the scalars of a loss, 120 bytes that the kernels wrote; raises for a bad row.
@@ -144,13 +151,15 @@ fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("has_cuda", cfg!(feature = "cuda"))?;
     module.add_class::<workspace::Context>()?;
     module.add_class::<output::LossOutput>()?;
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "emulated"))]
     module.add_class::<cuda::CudaContext>()?;
+    #[cfg(any(feature = "cuda", feature = "emulated"))]
+    module.add_class::<cuda_part::CudaPart>()?;
     module.add_function(wrap_pyfunction!(check_settings, module)?)?;
     module.add_function(wrap_pyfunction!(address_of, module)?)?;
     module.add_function(wrap_pyfunction!(_initial_tolerances, module)?)?;
     module.add_function(wrap_pyfunction!(_norm_tolerance, module)?)?;
-    module.add_function(wrap_pyfunction!(_refuse_anchor, module)?)?;
+    module.add_function(wrap_pyfunction!(_refuse_row, module)?)?;
     module.add_function(wrap_pyfunction!(_read_scalars, module)?)?;
     module.add_function(wrap_pyfunction!(_loss_at, module)?)?;
     module.add_function(wrap_pyfunction!(_normalize_at, module)?)?;

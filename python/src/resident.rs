@@ -6,14 +6,17 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ddtas::Error;
+#[cfg(feature = "cuda")]
 use ddtas::backend::cuda::{CudaBackend, CudaDevice, Gpu};
 use ddtas::backend::device::{
-    Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart, ResidentRows, ResidentSettings,
+    Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::process::PerProcess;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
+#[cfg(not(feature = "cuda"))]
+use crate::emulated::{CudaBackend, CudaDevice, Gpu, OnStream};
 use crate::settings::Settings;
 use crate::sides::unit_check;
 use crate::tensors::element_type;
@@ -109,54 +112,44 @@ fn side((embeddings, labels, count, _, _, gradient): Target) -> ResidentRows {
     ResidentRows { count, embeddings: embeddings as u64, labels: labels as u64, gradient: gradient as u64 }
 }
 
-/// A loss to be issued.
-pub struct Issued {
-    part: ResidentPart,
-    settings: ResidentSettings,
-    output: ResidentOutput,
+/// Which references the anchors are: the first one's index if they follow each other there, else the address of a
+/// uint32 for each anchor, or 0.
+pub type Known = (Option<usize>, usize);
+
+/// The anchors of one side, compared with those of the second if there is one; `total` anchors have all parts together.
+/// With `normalize` rows may have any length, and the gradients are with respect to the rows as given.
+pub fn part_of(
+    sides: &[Target],
+    identity: Known,
+    total: usize,
+    (check, normalize): (bool, bool),
+) -> PyResult<ResidentPart> {
+    let (anchors, references) = match sides {
+        [anchors] => (anchors, None),
+        [anchors, references] if (anchors.3, anchors.4) == (references.3, references.4) => {
+            (anchors, Some(*references))
+        }
+        _ => return Err(PyTypeError::new_err("rows of both sides must have one type and one dimension")),
+    };
+    let refused = || PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16");
+    let dtype = element_type(anchors.4).ok_or_else(refused)?;
+    let identity = match identity {
+        (Some(first), _) => ResidentIdentity::From(first),
+        (None, 0) => ResidentIdentity::ByValue,
+        (None, address) => ResidentIdentity::List(address as u64),
+    };
+    let batch = ResidentBatch {
+        dim: anchors.3,
+        dtype,
+        anchors: side(*anchors),
+        references: references.map(side),
+        check: unit_check(check),
+    };
+    Ok(ResidentPart { batch, identity, total, normalize })
 }
 
-impl Issued {
-    /// `identity` is the address of a uint32 for each anchor, or 0; `lambdas` that of both thresholds in
-    /// float64, or 0; `scalars` and `loss` (float32) are those to write to. With `normalize` rows may have
-    /// any length, and the gradients are with respect to the rows as given.
-    pub fn new(
-        sides: &[Target],
-        (identity, lambdas): (usize, usize),
-        (scalars, loss): (usize, usize),
-        settings: &Settings,
-        (check, normalize): (bool, bool),
-    ) -> PyResult<Self> {
-        let (anchors, references) = match sides {
-            [anchors] => (anchors, None),
-            [anchors, references] if (anchors.3, anchors.4) == (references.3, references.4) => {
-                (anchors, Some(*references))
-            }
-            _ => return Err(PyTypeError::new_err("rows of both sides must have one type and one dimension")),
-        };
-        let refused = || PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16");
-        let dtype = element_type(anchors.4).ok_or_else(refused)?;
-        let identity = match identity {
-            0 => ResidentIdentity::ByValue,
-            address => ResidentIdentity::List(address as u64),
-        };
-        let batch = ResidentBatch {
-            dim: anchors.3,
-            dtype,
-            anchors: side(*anchors),
-            references: references.map(side),
-            check: unit_check(check),
-        };
-        let part = ResidentPart { batch, identity, total: anchors.2, normalize };
-        let settings = ResidentSettings { settings: settings.to_library()?, lambda: lambdas as u64 };
-        let output = ResidentOutput { scalars: scalars as u64, loss: loss as u64 };
-        Ok(Self { part, settings, output })
-    }
-
-    /// # Safety
-    /// As [`CudaBackend::enqueue_loss`].
-    pub unsafe fn issue(&self, backend: &mut CudaBackend) -> ddtas::Result<()> {
-        // SAFETY: handed on to the caller.
-        unsafe { backend.enqueue_loss(&self.part, &self.settings, self.output) }
-    }
+/// Settings with the address of both thresholds in float64, or 0.
+pub fn settings_of(mining: &str, numbers: [f64; 8], lambdas: usize) -> PyResult<ResidentSettings> {
+    let settings = Settings::of_numbers(mining, numbers).to_library()?;
+    Ok(ResidentSettings { settings, lambda: lambdas as u64 })
 }

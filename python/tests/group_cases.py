@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator
+from ddtas.torch.steps import CpuSteps, GpuSteps
+from emulated import emulated_gpu, patched
 from formula import unit_rows
 from torch.nn.parallel import DistributedDataParallel
 
@@ -180,21 +182,14 @@ def one_process_s_error_is_everybody_s(world):
 def an_error_between_the_steps_is_everybody_s(world):
     if world.size == 1:
         return
-    from ddtas.torch import parts
+    def select(steps, max_neg, totals):
+        if world.rank == 1:
+            raise MemoryError("no more")
+        return right(steps, max_neg, totals)
 
-    class Broken(parts._CpuSteps):
-        def select(self, max_neg, totals):
-            if world.rank == 1:
-                raise MemoryError("no more")
-            return super().select(max_neg, totals)
-
-    loss, steps = SoftContrastiveLoss(group=world.group), parts._CpuSteps
-    parts._CpuSteps = Broken
-    try:
-        with raises(RuntimeError, "rank 1 failed"):
-            loss(*batch(8, seed=world.rank))
-    finally:
-        parts._CpuSteps = steps
+    loss, right = SoftContrastiveLoss(group=world.group), CpuSteps.select
+    with patched(CpuSteps, select=select), raises(RuntimeError, "rank 1 failed"):
+        loss(*batch(8, seed=world.rank))
     assert world.same(loss(*batch(8, seed=world.rank)))
 
 
@@ -210,6 +205,12 @@ def references_are_the_same_everywhere(world):
     want.backward(), value.backward()
     close(value.detach(), want.detach())
     assert want > 0 and torch.equal(mine.grad, whole.grad[own])
+    # References of any length are normalised as the rows are, and checked.
+    loss = SoftContrastiveLoss(group=world.group, uneven=True)
+    close(loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels), want.detach())
+    others[4, 1] = torch.nan
+    with raises(ValueError, "row 4 of the references holds a value that is not finite"):
+        loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels)
 
 
 def memories_are_alike(world):
@@ -245,34 +246,84 @@ def memories_are_alike(world):
             assert torch.equal(memory.embedding_memory, before)
 
 
-def a_gpu_s_way_has_the_same_answers(world):
-    """On GPUs every process computes the loss of all rows; here that way is taken on the CPU."""
+def gpus_have_the_answers_of_the_processor(world):
     if world.size == 1:
         return
-    from ddtas.torch import operator, parts
+    for least in (0, 2**62):
+        for number, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+            for counts in (world.even(20), world.uneven(), [0] * (world.size - 1) + [30]):
+                rows, labels = batch(sum(counts), number, dtype)
+                labels[sum(counts) // 2] = -1
+                others, other_labels = batch(33, 7, dtype)
+                own = world.own(counts)
+                for gradient, references in (("mean", False), ("sum", True)):
+                    found = []
+                    for device in (nullcontext(), emulated_gpu(least)):
+                        threshold = torch.nn.Parameter(torch.tensor(0.6))
+                        loss = SoftContrastiveLoss(lambda_pos=threshold, group=world.group, uneven=True, gradient=gradient)
+                        mine = rows[own].clone().requires_grad_()
+                        more = {"ref_emb": others, "ref_labels": other_labels} if references else {}
+                        with device:
+                            value = loss(mine, labels[own], **more)
+                        assert world.same(value)
+                        value.backward()
+                        derivative = world.total(threshold.grad) if gradient == "sum" else threshold.grad
+                        found.append((value.detach(), mine.grad, derivative, loss.statistics))
+                    (value, gradient_, derivative, statistics), on_gpu = found
+                    assert value > 0 and type(loss._engine.last) is tuple
+                    close(on_gpu[0], value, 1e-5)
+                    close(on_gpu[2], derivative, 1e-4)
+                    if gradient_.numel():
+                        close(on_gpu[1], gradient_, 1e-5 if dtype == torch.float32 else 1e-2)
+                    for name in STATISTICS:
+                        close(on_gpu[3][name], statistics[name], 1e-5)
 
+
+def memories_on_gpus_are_the_processor_s(world):
+    if world.size == 1:
+        return
     counts = world.uneven()
-    rows, labels = batch(sum(counts))
-    own, steps = world.own(counts), parts.loss_of_ranks
-
-    def whole(ranks, call):
-        return parts.loss_of_gathered_rows(ranks, ranks.handshake(call.rows, "a test"), call)
-
-    for gradient in ("mean", "sum"):
+    own = world.own(counts)
+    memories = [CrossBatchMemory(SoftContrastiveLoss(group=world.group, uneven=True), DIM, 70) for _ in range(2)]
+    for step in range(4):
+        rows, labels = batch(sum(counts), seed=step)
         found = []
-        for way in (steps, whole):
-            threshold = torch.nn.Parameter(torch.tensor(0.6))
-            loss = SoftContrastiveLoss(lambda_pos=threshold, group=world.group, uneven=True, gradient=gradient)
-            numbers = (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7)
+        for memory, device in zip(memories, (nullcontext(), emulated_gpu())):
             mine = rows[own].clone().requires_grad_()
-            given = (labels[own], None, None, "at-asms", numbers, True, False, operator.CHECKED, loss._engine.key)
-            value = operator._Eager.apply(mine, None, threshold, None, given, lambda call: way(loss.ranks, call))
+            with device:
+                value = memory(mine, labels[own])
             value.backward()
-            derivative = world.total(threshold.grad) if gradient == "sum" else threshold.grad
-            found.append((value.detach(), mine.grad, derivative, loss.statistics["active"]))
-        close(found[1][0], found[0][0])
-        close(found[1][2], found[0][2])
-        assert torch.equal(found[1][1], found[0][1]) and found[1][3] == found[0][3] > 0
+            found.append((value.detach(), mine.grad))
+        close(found[1][0], found[0][0], 1e-5)
+        if found[0][1].numel():
+            close(found[1][1], found[0][1], 1e-5)
+    assert torch.equal(memories[0].embedding_memory, memories[1].embedding_memory)
+
+
+def an_error_on_one_gpu_makes_the_others_losses_nan(world):
+    if world.size == 1:
+        return
+
+    def select(steps, max_neg, totals):
+        if world.rank == 1:
+            raise MemoryError("no more")
+        return right(steps, max_neg, totals)
+
+    loss, right = SoftContrastiveLoss(group=world.group), GpuSteps.select
+    given = batch(8, seed=world.rank)
+    with emulated_gpu():
+        with patched(GpuSteps, select=select):
+            if world.rank == 1:
+                with raises(RuntimeError, "rank 1 failed: no more"):
+                    loss(*given)
+            else:
+                assert loss(*given).isnan()
+        value = loss(*given)
+        assert world.same(value) and value > 0
+        bad = given[0].clone()
+        bad[3, 2] = torch.nan
+        with raises(ValueError, "rank 1: row 3 of the anchors holds a value that is not finite"):
+            loss(bad if world.rank == 1 else given[0], given[1])
 
 
 def a_generator_learns_as_in_one_process(world):
@@ -406,7 +457,9 @@ CASES = [
     an_error_between_the_steps_is_everybody_s,
     references_are_the_same_everywhere,
     memories_are_alike,
-    a_gpu_s_way_has_the_same_answers,
+    gpus_have_the_answers_of_the_processor,
+    memories_on_gpus_are_the_processor_s,
+    an_error_on_one_gpu_makes_the_others_losses_nan,
     a_generator_learns_as_in_one_process,
     half_precision_travels_as_it_is,
     distributed_data_parallel_trains_as_one_process,

@@ -1,4 +1,7 @@
-"""A loss with a process group against one process: runs group_cases.py in four processes, for .ci/many.sh."""
+"""A loss with a process group against one process: runs group_cases.py in four processes, for .ci/many.sh.
+
+Needs a package built with the feature `emulated`.
+"""
 
 import json
 import os

@@ -7,7 +7,13 @@ from formula import close, unit_rows
 
 torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
 
+from types import SimpleNamespace  # noqa: E402
+
+from ddtas import Settings  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate, threshold_gradient  # noqa: E402
+from ddtas.torch.engine import Engine  # noqa: E402
+from ddtas.torch.operator import Call  # noqa: E402
+from ddtas.torch.steps import GpuSteps, PartOfBatch  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not ddtas.has_cuda, reason="this build serves the CPU only"),
@@ -117,6 +123,36 @@ def test_a_stream_may_die_and_the_current_device_stays():
         assert value == want
         del stream
     assert torch.cuda.current_device() == before
+
+
+def test_steps_of_two_parts_give_the_loss_of_the_whole():
+    """What two processes of a group do, one after the other; a stand-in takes the all-gathers' place."""
+    rows, labels = batch()
+    whole = SoftContrastiveLoss()
+    want = whole(rows.requires_grad_(), labels)
+    want.backward()
+    counts, numbers, settings = [70, 130], (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7), Settings()
+    parts = []
+    for first, count in ((0, 70), (70, 130)):
+        own = slice(first, first + count)
+        call = Call(rows[own], labels[own], *[None] * 5, "at-asms", numbers, True, False, 0, 0)
+        exchange = SimpleNamespace(total=200, counts=counts, first=first, own=own)
+        parts.append(GpuSteps(Engine(), PartOfBatch(call, settings, exchange, rows[own].detach(), rows.detach(), labels)))
+    gathered = []
+    for name in ("same_class", "sweep", "select", "gradient"):
+        last = gathered[-2:] if name == "gradient" else gathered[-1:]
+        if name == "select":
+            last.append(totals.sum(0))  # noqa: F821
+        found = [getattr(part, name)(*last) for part in parts]
+        gathered += map(torch.cat, zip(*(numbers for numbers, _ in found)))
+        totals = torch.stack([sums for _, sums in found])
+    last, statistics = parts[0].combined(totals)
+    engine = parts[0].engine
+    engine.last = last
+    assert statistics[0].item() == pytest.approx(want.item(), rel=1e-6) and engine.read_statistics()[1:] == pytest.approx(
+        whole._engine.read_statistics()[1:], rel=1e-4
+    )
+    close(torch.cat([part.own_gradient for part in parts]).cpu(), rows.grad.cpu(), 2e-5)
 
 
 def test_a_step_and_a_memory_compile_in_one_graph():

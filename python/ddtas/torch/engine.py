@@ -42,15 +42,15 @@ class Engine:
         self.key = next(_keys)
         _engines[self.key] = self
 
-    def on_gpu(self, rows: Tensor) -> tuple[Any, int]:
-        """The context for rows on a GPU, and torch's current stream on that GPU."""
+    def on_gpu(self, rows: Tensor) -> tuple[Any, tuple[int, int]]:
+        """The context for rows on a GPU, and that GPU's number and torch's current stream there."""
         if not _ddtas.has_cuda:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
             self.gpu = getattr(_ddtas, "CudaContext")(self.budget, self.allow_tf32)
         # The raw stream, as torch's compiled programs get it: no Stream object is created.
-        stream: int = getattr(torch._C, "_cuda_getCurrentRawStream")(rows.get_device())
-        return self.gpu, stream
+        device = rows.get_device()
+        return self.gpu, (device, getattr(torch._C, "_cuda_getCurrentRawStream")(device))
 
     def read_statistics(self) -> list[float] | None:
         """The statistics of the last loss; None before the first. Waits for a GPU, and then raises ValueError for a bad row."""

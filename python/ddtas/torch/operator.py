@@ -172,7 +172,7 @@ def _on_gpu(call: Call) -> EagerOutputs:
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, key = call[7:]
     engine = engine_of(key)
-    gpu, stream = engine.on_gpu(rows)
+    gpu, place = engine.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
         return loss_without_pairs(engine, call, numbers)
     # Copies must live until the kernels are enqueued; torch reuses freed memory only for later work on the same stream.
@@ -190,7 +190,7 @@ def _on_gpu(call: Call) -> EagerOutputs:
         for side, given, out in zip(sides, side_labels, (gradient, reference_grad))
     ]
     gpu.enqueue_loss(
-        (rows.get_device(), stream),
+        place,
         targets,
         0 if indices is None else indices.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(),

@@ -89,7 +89,7 @@ class Ranks:
                 raise ValueError(
                     f"rank {rank} has {counts[rank]} rows, and rank 0 {counts[0]}: say uneven=True, or leave out the last batch"
                 )
-        return BatchExchange(self, counts)
+        return BatchExchange(self, counts, rows.device)
 
     def fail(self, error: Exception) -> None:
         """Reports an error to the other processes by a handshake, which raises in all of them."""
@@ -120,40 +120,59 @@ class RaiseOnAllRanks:
 class BatchExchange:
     """The all-gathers of one batch, after a handshake: every process knows how many rows each has."""
 
-    def __init__(self, ranks: Ranks, counts: list[int]) -> None:
-        self.ranks, self.counts = ranks, counts
+    def __init__(self, ranks: Ranks, counts: list[int], device: torch.device) -> None:
+        self.ranks, self.counts, self.device = ranks, counts, device
         self.total, self.largest = sum(counts), max(counts)
         self.first = sum(counts[: ranks.rank])
         self.own = slice(self.first, self.first + counts[ranks.rank])
+        self.waits = True
+        self._error: Exception | None = None
+        self._failures: Tensor | None = None
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, concatenated in the order of ranks."""
         return self._concatenated(self.ranks._all_gather(self._padded(tensor)), tensor)
 
     def gather_step(self, work: Callable[[], tuple[Sequence[Tensor], Tensor]], rows: int, sums: int) -> Any:
-        """Runs a step on the CPU, and gathers its results: `rows` tensors of 4 bytes for each row, and `sums` numbers of 8 bytes.
+        """Runs a step, and gathers its results: `rows` tensors of 4 bytes for each row, and `sums` numbers of 8 bytes.
 
-        Returns the former concatenated over the processes, the latter as `[W, sums]`. An error in one process raises in all.
+        Returns the former concatenated over the processes, the latter as `[W, sums]`. An error in one process raises in all. If
+        `waits` is False, no process waits for the others: the one with the error goes on with zeros, and raises it by
+        `raise_own_error`; in all others the loss becomes NaN by `nan_if_failed`.
         """
         error: Exception | None = None
         try:
             numbers, totals = work()
         except Exception as failed:
             error = failed
-            numbers = [torch.zeros(self.counts[self.ranks.rank], dtype=torch.int32)] * rows
-            totals = torch.zeros(sums, dtype=torch.float64)
-        flag = torch.full((1,), error is not None, dtype=torch.float64)
+            numbers = [torch.zeros(self.counts[self.ranks.rank], dtype=torch.int32, device=self.device)] * rows
+            totals = torch.zeros(sums, dtype=torch.float64, device=self.device)
+        flag = torch.full((1,), error is not None, dtype=torch.float64, device=self.device)
         payload = [flag.view(torch.uint8), totals.view(torch.uint8), *map(self._padded, numbers)]
         gathered = self.ranks._all_gather(torch.cat(payload))
-        failed_ranks = gathered[:, :8].reshape(-1).view(torch.float64).nonzero().flatten().tolist()
-        if failed_ranks:
-            raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
+        flags = gathered[:, :8].reshape(-1).view(torch.float64)
+        if self.waits:
+            failed_ranks = flags.nonzero().flatten().tolist()
+            if failed_ranks:
+                raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
+        else:
+            self._error = self._error or error
+            self._failures = flags if self._failures is None else self._failures + flags
         start, width = 8 * (1 + sums), 4 * self.largest
         all_rows = [
             self._concatenated(gathered[:, start + place * width : start + (place + 1) * width], number)
             for place, number in enumerate(numbers)
         ]
         return (*all_rows, gathered[:, 8:start].reshape(-1).view(totals.dtype).view(self.ranks.size, sums))
+
+    def raise_own_error(self) -> None:
+        """After the last step: raises the first error of this process."""
+        if self._error is not None:
+            raise RuntimeError(f"rank {self.ranks.rank} failed: {self._error}") from self._error
+
+    def nan_if_failed(self, loss: Tensor) -> Tensor:
+        """The loss, or NaN if a process has failed in a step."""
+        return loss if self._failures is None else torch.where(self._failures.sum() > 0, torch.nan, loss)
 
     def _padded(self, tensor: Tensor) -> Tensor:
         """The bytes of the rows, padded with zeros to as many rows as the largest process has."""

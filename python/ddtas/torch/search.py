@@ -36,7 +36,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     labels = laid_out(labels.to(rows.device, torch.int64))
     if not rows.is_cuda:
         return functional.recall_at_k(rows, labels, ks)
-    gpu, stream = SHARED.on_gpu(rows)
+    gpu, (_, stream) = SHARED.on_gpu(rows)
     return functional.recall_of(gpu.recall_at_k((rows, labels, None), functional.depths_of(ks), stream))
 
 
@@ -70,8 +70,8 @@ def evaluate(
     given: Any = (queries, labels, others, other_labels, identity, depths)
     context = functional.context_of(None)
     if rows.is_cuda:
-        gpu, stream = SHARED.on_gpu(rows)
-        found = gpu.query_metrics((rows.device.index, stream), *given)
+        gpu, place = SHARED.on_gpu(rows)
+        found = gpu.query_metrics(place, *given)
     else:
         found = context.query_metrics(*given)
     information = context.nmi(queries, labels, seed) if nmi else None
@@ -107,7 +107,7 @@ def threshold_gradient(
         )
     if identity is not None:
         raise ValueError("identity must be None on a GPU: rows are known by their value there")
-    gpu, stream = SHARED.on_gpu(rows)
+    gpu, (_, stream) = SHARED.on_gpu(rows)
     # The loss that is computed first writes its gradient here.
     gradient = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), gradient)]

@@ -39,7 +39,7 @@ pub struct ResidentPart {
     /// B of the factor 1/B.
     pub total: usize,
     /// Whether rows may have any length but 0: they are compared at unit length, and the gradients are with
-    /// respect to the rows as given. Only for a whole loss, after which no threshold_gradient can follow.
+    /// respect to the rows as given. No threshold_gradient can follow.
     pub normalize: bool,
 }
 
@@ -139,9 +139,7 @@ impl<D: Device> DeviceBackend<D> {
         }
         let loss = self.begin_resident(part, settings, false)?;
         self.issue(loss, |passes| passes.whole_loss(&part.input(), output))?;
-        if part.normalize {
-            self.remembered = None;
-        }
+        self.forget_normalized(part);
         Ok(())
     }
 
@@ -160,10 +158,6 @@ impl<D: Device> DeviceBackend<D> {
         min_pos: u64,
     ) -> Result<()> {
         aligned("min_pos", min_pos, 4)?;
-        if part.normalize {
-            let (value, range) = ("true".into(), "false for a part of a batch");
-            return Err(Error::InvalidSetting { name: "normalize", value, range });
-        }
         let mut loss = self.begin_resident(part, settings, true)?;
         loss.step = Some(Step::SameClass);
         self.issue(loss, |passes| {
@@ -243,13 +237,22 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<()> {
         aligned("scalars", scalars, 8)?;
         let loss = self.go_on_resident(part, Step::Gradient)?;
-        let given = given(part, counts, 0)?;
-        let targets = part.input().addresses.map(|side| side.gradient);
+        let (given, input) = (given(part, counts, 0)?, part.input());
         self.issue(loss, |passes| {
             passes.take(NumberKind::Counts, given)?;
             passes.weigh(ResidentOutput { scalars, loss: 0 }, true)?;
-            passes.gradients(targets)
-        })
+            passes.gradients(input.addresses.map(|side| side.gradient))?;
+            passes.normalize_backward(&input)
+        })?;
+        self.forget_normalized(part);
+        Ok(())
+    }
+
+    /// After a loss that normalised its rows no threshold_gradient can follow.
+    fn forget_normalized(&mut self, part: &ResidentPart) {
+        if part.normalize {
+            self.remembered = None;
+        }
     }
 
     fn begin_resident(

@@ -1,0 +1,234 @@
+"""The four steps of the loss for this process's rows of a batch (docs/parts.md), on the CPU and on a GPU.
+
+Each step returns what `BatchExchange.gather_step` gathers: tensors with a number for each row, and a tensor of numbers of 8 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from .. import _ddtas
+from ..part import Part
+from ..settings import Settings
+from .engine import Engine, count_labels, laid_out
+from .operator import STATISTICS, TYPES, Call
+from .ranks import BatchExchange
+
+Found = tuple[list[Tensor], Tensor]
+
+
+class PartOfBatch(NamedTuple):
+    """This process's rows of a batch, and what all rows are compared with."""
+
+    call: Call
+    """The operator's arguments, of this process's rows."""
+    settings: Settings
+    exchange: BatchExchange
+    rows: Tensor
+    """This process's rows as its steps take them: of unit length on the CPU, as given on a GPU."""
+    references: Tensor
+    """All rows of the batch in the order of ranks, or the references of the call; likewise."""
+    reference_labels: Tensor
+
+    @property
+    def square(self) -> bool:
+        """Whether the references are the batch itself."""
+        return self.call.references is None
+
+    @property
+    def first(self) -> int:
+        """The index of this process's first row among all rows; 0 without rows, since it may be beyond the last one then."""
+        return self.exchange.first if self.rows.shape[0] else 0
+
+
+class CpuSteps:
+    """The steps by `ddtas.Part`."""
+
+    takes_unit_rows = True
+    """Whether rows must have unit length. If not, the steps normalise them if the call says so."""
+    waits = True
+    """Whether an error of another process is known after each step."""
+    own_gradient: Tensor
+    """dL/d(rows) of this process's rows, once `gradient` has run."""
+
+    def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
+        self.engine, self.batch = engine, batch
+        self.part = Part(
+            batch.rows,
+            batch.call.labels,
+            batch.references,
+            batch.reference_labels,
+            total=batch.exchange.total,
+            identity=batch.first if batch.square else batch.call.identity,
+            settings=batch.settings,
+            check=False,
+            context=engine.host,
+        )
+
+    def same_class(self) -> Found:
+        self.same = self.part.same_class()
+        return [torch.from_numpy(self.same.min_pos)], torch.empty(0, dtype=torch.int64)
+
+    def sweep(self, min_pos: Tensor) -> Found:
+        self.swept = self.part.sweep(*self._numbers(min_pos))
+        return [torch.from_numpy(self.swept.max_neg)], torch.tensor([self.swept.probe_neg, self.same.total_pos])
+
+    def select(self, max_neg: Tensor, totals: Tensor) -> Found:
+        probe_neg, total_pos = totals.tolist()
+        self.selected = self.part.select(*self._numbers(max_neg), probe_neg=probe_neg, total_pos=total_pos)
+        counts = [torch.from_numpy(self.selected.count_pos), torch.from_numpy(self.selected.count_neg)]
+        return counts, torch.empty(0, dtype=torch.int64)
+
+    def gradient(self, count_pos: Tensor, count_neg: Tensor) -> Found:
+        (pos, all_pos), (neg, all_neg) = self._numbers(count_pos), self._numbers(count_neg)
+        loss = self.part.gradient(pos, neg, all_pos, all_neg)
+        self.own_gradient = torch.from_numpy(loss.gradient)
+        active = (pos > 0) & (neg > 0)
+        call = self.batch.call
+        ignored, not_finite = count_labels(call.labels)
+        if call.normalize and self.own_gradient.numel():
+            rows = laid_out(call.rows.detach())
+            place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
+            _ddtas._normalize_backward_at(self.engine.host, place, self.own_gradient.data_ptr())
+        statistics = {
+            "loss": loss.loss,
+            "dloss_dlambda_pos": loss.dloss_dlambda_pos,
+            "dloss_dlambda_neg": loss.dloss_dlambda_neg,
+            "mean_pos": self.same.mean_pos,
+            "mean_neg": self.same.mean_neg,
+            "gamma_pos": self.selected.gamma_pos,
+            "gamma_neg": self.selected.gamma_neg,
+            "probe_neg": self.swept.probe_neg,
+            "total_pos": self.same.total_pos,
+            "total_neg": self.same.total_neg,
+            "active": loss.active,
+            "positives": int(pos[active].sum()),
+            "negatives": int(neg[active].sum()),
+            "ignored": ignored,
+            "not_finite": not_finite,
+        }
+        return [], torch.tensor([float(statistics[name]) for name in STATISTICS], dtype=torch.float64)
+
+    def combined(self, shares: Tensor) -> tuple[list[float], Tensor]:
+        """The statistics of the batch from what all processes' `gradient` has found, for `Engine.last` and as a tensor."""
+        whole = shares.sum(0)
+        whole[MEANS] = _means(shares[:, MEANS], shares[:, TOTALS])
+        whole[TOLERANCES] = shares[0, TOLERANCES]
+        return whole.tolist(), whole
+
+    def _numbers(self, all_rows: Tensor) -> tuple[Any, Any]:
+        """The numbers of this process's rows, and those of all rows if the references are the batch, else None."""
+        numbers = all_rows.numpy()
+        return numbers[self.batch.exchange.own], numbers if self.batch.square else None
+
+
+class GpuSteps:
+    """The steps issued on torch's current stream, without waiting. A process without rows does nothing in them."""
+
+    takes_unit_rows = False
+    waits = False
+
+    def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
+        self.engine, self.batch = engine, batch
+        self.part: Any = None
+        self.own_gradient = torch.empty(batch.rows.shape, dtype=torch.float32, device=batch.rows.device)
+        self.all_labels = batch.reference_labels if batch.square else batch.exchange.gather_rows(batch.call.labels)
+
+    def same_class(self) -> Found:
+        (min_pos,) = self._row_numbers(torch.float32, 1)
+        if self._has_rows:
+            self._begin()
+            self.part.same_class(min_pos.data_ptr())
+        return [min_pos], self._sums(torch.int64, 0)
+
+    def sweep(self, min_pos: Tensor) -> Found:
+        (max_neg,), totals = self._row_numbers(torch.float32, 1), self._sums(torch.int64, 2)
+        if self._has_rows:
+            self.part.sweep(self._given(min_pos), max_neg.data_ptr(), totals.data_ptr())
+        return [max_neg], totals
+
+    def select(self, max_neg: Tensor, totals: Tensor) -> Found:
+        counts = self._row_numbers(torch.int32, 2)
+        if self._has_rows:
+            self.part.select(self._given(max_neg), totals.data_ptr(), [count.data_ptr() for count in counts])
+        return counts, self._sums(torch.int64, 0)
+
+    def gradient(self, count_pos: Tensor, count_neg: Tensor) -> Found:
+        scalars = self._sums(torch.float64, len(STATISTICS))
+        if self._has_rows:
+            self.part.gradient([self._given(count_pos), self._given(count_neg)], scalars.data_ptr())
+        return [], scalars
+
+    def combined(self, shares: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """As on the CPU, of `LossScalars` (kernels/params.h), whose counts are integers."""
+        # No row is bad, since each process has checked its own: the words that would name one are any part's.
+        first = next(rank for rank, count in enumerate(self.batch.exchange.counts) if count)
+        counts = shares.view(torch.int64)
+        whole = shares[first].clone()
+        whole[:SUMS_END] = shares[:, :SUMS_END].sum(0)
+        whole[MEANS] = _means(shares[:, MEANS], counts[:, TOTALS].double())
+        for place in (COUNTS, MINED):
+            whole.view(torch.int64)[place] = counts[:, place].sum(0)
+        return (whole, self.all_labels), whole
+
+    @property
+    def _has_rows(self) -> bool:
+        return self.batch.rows.shape[0] > 0
+
+    def _begin(self) -> None:
+        batch, call = self.batch, self.batch.call
+        gpu, place = self.engine.on_gpu(batch.rows)
+        # Held until the last step is issued.
+        self.held = [batch.rows, laid_out(call.labels), batch.references, laid_out(batch.reference_labels)]
+        identity: tuple[int | None, int] = (batch.first if batch.square else None, 0)
+        if call.identity is not None:
+            self.held.append(call.identity.to(torch.int32).contiguous())
+            identity = None, self.held[-1].data_ptr()
+        rows, labels, references, reference_labels = self.held[:4]
+        sides = [
+            (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], gradient)
+            for side, given, gradient in ((rows, labels, self.own_gradient.data_ptr()), (references, reference_labels, 0))
+        ]
+        mining, *numbers = astuple(batch.settings)
+        make = getattr(_ddtas, "CudaPart")
+        self.part = make(gpu, place, sides, identity, batch.exchange.total, mining, numbers, False, call.normalize)
+
+    def _row_numbers(self, dtype: torch.dtype, lists: int) -> list[Tensor]:
+        rows = self.batch.rows
+        return [torch.empty(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(lists)]
+
+    def _sums(self, dtype: torch.dtype, count: int) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=self.batch.rows.device)
+
+    def _given(self, all_rows: Tensor) -> tuple[int, int, int]:
+        """Addresses of the numbers of this process's rows and of all rows, and how many the latter are: none for other references."""
+        own = all_rows[self.batch.exchange.own].data_ptr()
+        return (own, all_rows.data_ptr(), all_rows.shape[0]) if self.batch.square else (own, 0, 0)
+
+
+Steps = Union[CpuSteps, GpuSteps]
+
+
+def _places(first: str, last: str) -> slice:
+    return slice(STATISTICS.index(first), STATISTICS.index(last) + 1)
+
+
+MEANS = _places("mean_pos", "mean_neg")
+TOTALS = _places("total_pos", "total_neg")
+TOLERANCES = _places("gamma_pos", "gamma_neg")
+COUNTS = _places("probe_neg", "active")
+"""The first counts, which are at the same places in `LossScalars`."""
+SUMS_END = MEANS.start
+MINED = slice(13, 15)
+"""The numbers of mined pairs in `LossScalars`."""
+
+
+def _means(means: Tensor, weights: Tensor) -> Tensor:
+    """The mean similarities of the batch, `[2]`, from those of its parts and their numbers of pairs, `[W, 2]` each."""
+    # The mean of a part without such a pair is NaN, and its weight 0.
+    whole: Tensor = (means.nan_to_num() * weights).sum(0) / weights.sum(0)
+    return whole
