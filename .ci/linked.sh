@@ -12,7 +12,10 @@ rm -rf "$work"
 mkdir -p "$work"
 prefix=$PWD/$work/prefix
 if ! command -v make >/dev/null || ! command -v pkg-config >/dev/null; then
-    apt-get update -qq && apt-get install -y -qq make pkg-config
+    as_root=()
+    [[ $(id -u) == 0 ]] || as_root=(sudo)
+    "${as_root[@]}" apt-get -o Acquire::Retries=5 update -qq
+    "${as_root[@]}" apt-get -o Acquire::Retries=5 install -y -qq make pkg-config
 fi
 if ! command -v cmake >/dev/null; then
     tools=target/linked-tools

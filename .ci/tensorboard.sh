@@ -10,12 +10,15 @@ if ! install "tensorboard>=2.20,<3" "setuptools<81"; then
 fi
 cargo build --release --quiet --bin ddtas-train
 run=$(mktemp -d)/run
-trap 'rm -r "$(dirname "$run")"' EXIT
+trap 'rm -r "$(dirname "$run")" || true' EXIT
 settings=(--image-size 16 --width 4 --embedding-dim 16 --steps 60 --evaluate-every 1 --classes-per-batch 8
     --images-per-class 20 --generator head --checkpoint-every 7 --output "$run")
 target/release/ddtas-train "${settings[@]}" 2> "$run.log" &
 process=$!
-until [ "$(cat "$run/metrics.jsonl" 2> /dev/null | wc -l)" -ge 40 ]; do sleep 0.01; done
+until [ "$(cat "$run/metrics.jsonl" 2> /dev/null | wc -l)" -ge 20 ]; do
+    kill -0 "$process" || { cat "$run.log"; exit 1; }
+    sleep 0.01
+done
 kill -9 "$process"
 wait "$process" 2> /dev/null || true
 target/release/ddtas-train --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }

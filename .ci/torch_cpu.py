@@ -24,6 +24,10 @@ IMPORTED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fss
 def pip(*arguments: str) -> None:
     # Compiling a thousand modules that are never imported takes longer than the download.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    # pip gives up a download that is cut off.
+    for _ in range(2):
+        if subprocess.run([*command, *arguments]).returncode == 0:
+            return
     subprocess.run([*command, *arguments], check=True)
 
 

@@ -473,7 +473,7 @@ def main() -> None:
     rank, file, report = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    timeout = datetime.timedelta(seconds=20)
+    timeout = datetime.timedelta(seconds=100)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=SIZE, timeout=timeout)
     groups = [dist.new_group(list(range(size))) for size in range(1, SIZE + 1)]
     found = {}

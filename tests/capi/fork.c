@@ -144,20 +144,25 @@ static int threads_now(void) {
     return count;
 }
 
-static void destroy_waits(void) {
-    int before = threads_now();
+/* The kernel may still list a thread for a moment after it was joined. */
+static void wait_for_threads(int most) {
+    struct timespec moment = {.tv_nsec = 1000000};
+    for (int i = 0; i < 1000 && threads_now() > most; i++)
+        nanosleep(&moment, NULL);
+}
+
+static void destroy_waits(int before) {
+    wait_for_threads(before);
     ddtas_context *context = open_context(6);
     compute(context);
     CHECK(threads_now() >= before + 6);
     ddtas_context_destroy(context);
-    /* The kernel may still list a thread for a moment after it was joined. */
-    struct timespec moment = {.tv_nsec = 1000000};
-    for (int i = 0; i < 1000 && threads_now() > before; i++)
-        nanosleep(&moment, NULL);
+    wait_for_threads(before);
     CHECK(threads_now() == before);
 }
 
 int main(void) {
+    int threads_before = threads_now();
     draw_rows();
     for (size_t threads = 1; threads <= 3; threads++) {
         ddtas_context *context = open_context(threads);
@@ -178,6 +183,6 @@ int main(void) {
         CHECK(pthread_join(other, NULL) == 0);
         ddtas_context_destroy(context);
     }
-    destroy_waits();
+    destroy_waits(threads_before);
     return report("fork");
 }

@@ -2,11 +2,30 @@
 
 use burn::tensor::activation::relu;
 use burn::tensor::ops::{ConvOptions, MaxPoolOptions, PadMode};
-use burn::tensor::{Device, Distribution, Tensor, Tolerance};
+use burn::tensor::{Device, Tensor, TensorData, Tolerance};
 use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions, PoolOptions};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
-fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+/// Draws the same numbers in every run: with others, now and then a sum would lie so near to 0 or 6 that the two activations clamp
+/// one of them only.
+struct Draws {
+    device: Device,
+    rng: ChaCha8Rng,
+}
+
+impl Draws {
+    fn new() -> Self {
+        Self { device: Device::flex().autodiff(), rng: ChaCha8Rng::seed_from_u64(1) }
+    }
+
+    /// Numbers of variance 1.
+    fn tensor<const D: usize>(&mut self, shape: [usize; D]) -> Tensor<D> {
+        let most = 3.0f32.sqrt();
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|_| self.rng.random_range(-most..most)).collect();
+        Tensor::from_data(TensorData::new(values, shape), &self.device)
+    }
 }
 
 fn assert_close<const D: usize>(what: &str, got: Tensor<D>, want: Tensor<D>) {
@@ -38,16 +57,16 @@ const CONVOLUTIONS: [[usize; 7]; 15] = [
 
 #[test]
 fn convolution_and_its_gradients_equal_burns() {
+    let mut draws = Draws::new();
     for [images, channels_in, channels_out, height, width, kernel, stride] in CONVOLUTIONS {
-        let device = Device::flex().autodiff();
-        let input = random([images, channels_in, height, width], &device).require_grad();
-        let weight = random([channels_out, channels_in, kernel, kernel], &device).require_grad();
+        let input = draws.tensor([images, channels_in, height, width]).require_grad();
+        let weight = draws.tensor([channels_out, channels_in, kernel, kernel]).require_grad();
         let padding = kernel / 2;
         let options = ConvOptions::new([stride, stride], [padding, padding], [1, 1], 1);
         let want = burn::tensor::module::conv2d(input.clone(), weight.clone(), None, options);
         let got =
             layers::convolution(input.clone(), weight.clone(), ConvolutionOptions::new(stride, padding));
-        let probe = random(want.dims(), &device);
+        let probe = draws.tensor(want.dims());
         assert_close("output", got.clone(), want.clone());
 
         let want = (want * probe.clone()).sum().backward();
@@ -75,19 +94,19 @@ const DEPTHWISE: [[usize; 10]; 10] = [
 
 #[test]
 fn depthwise_and_uneven_convolutions_and_their_gradients_equal_burns() {
+    let mut draws = Draws::new();
     for ([images, channels, height, width, kernel, stride, top, bottom, left, right], depthwise) in
         DEPTHWISE.into_iter().flat_map(|case| [(case, true), (case, false)])
     {
-        let device = Device::flex().autodiff();
-        let input = random([images, channels, height, width], &device).require_grad();
+        let input = draws.tensor([images, channels, height, width]).require_grad();
         let per_group = if depthwise { 1 } else { channels };
-        let weight = random([channels, per_group, kernel, kernel], &device).require_grad();
+        let weight = draws.tensor([channels, per_group, kernel, kernel]).require_grad();
         let padded = input.clone().pad((left, right, top, bottom), PadMode::Constant(0.0));
         let options = ConvOptions::new([stride, stride], [0, 0], [1, 1], channels / per_group);
         let want = burn::tensor::module::conv2d(padded, weight.clone(), None, options);
         let options = ConvolutionOptions { stride, padding: [[top, bottom], [left, right]], depthwise };
         let got = layers::convolution(input.clone(), weight.clone(), options);
-        let probe = random(want.dims(), &device);
+        let probe = draws.tensor(want.dims());
         assert_close("output", got.clone(), want.clone());
 
         let want = (want * probe.clone()).sum().backward();
@@ -101,17 +120,17 @@ fn depthwise_and_uneven_convolutions_and_their_gradients_equal_burns() {
 #[test]
 fn normalisation_and_its_gradients_equal_burns() {
     let activations = [Activation::None, Activation::Relu, Activation::Relu6];
+    let mut draws = Draws::new();
     for (activation, from_batch) in activations.into_iter().flat_map(|a| [(a, true), (a, false)]) {
-        let device = Device::flex().autodiff();
-        let input = (random([5, 7, 6, 9], &device) * 6.0 + 0.7).require_grad();
-        let gamma = (random([7], &device) * 3.0).require_grad();
-        let beta = random([7], &device).require_grad();
+        let input = (draws.tensor([5, 7, 6, 9]) * 6.0 + 0.7).require_grad();
+        let gamma = (draws.tensor([7]) * 3.0).require_grad();
+        let beta = draws.tensor([7]).require_grad();
         let options = NormaliseOptions { epsilon: 1e-5, activation, from_batch };
 
         let statistics = if from_batch {
             layers::batch_statistics(input.clone())
         } else {
-            Tensor::cat(vec![random([1, 7], &device), random([1, 7], &device).abs() + 0.5], 0)
+            Tensor::cat(vec![draws.tensor([1, 7]), draws.tensor([1, 7]).abs() + 0.5], 0)
         };
         let got = layers::normalise(input.clone(), statistics.clone(), gamma.clone(), beta.clone(), options);
         let want = if from_batch {
@@ -125,7 +144,7 @@ fn normalisation_and_its_gradients_equal_burns() {
             Activation::Relu => relu(want),
             Activation::Relu6 => want.clamp(0.0, 6.0),
         };
-        let probe = random(want.dims(), &device);
+        let probe = draws.tensor(want.dims());
         assert_close("output", got.clone(), want.clone());
 
         let want = (want * probe.clone()).sum().backward();
@@ -138,10 +157,10 @@ fn normalisation_and_its_gradients_equal_burns() {
 
 #[test]
 fn residual_sum_and_its_gradient_equal_burns() {
-    let device = Device::flex().autodiff();
-    let a = random([3, 4, 5, 6], &device).require_grad();
-    let b = random([3, 4, 5, 6], &device).require_grad();
-    let probe = random([3, 4, 5, 6], &device);
+    let mut draws = Draws::new();
+    let a = draws.tensor([3, 4, 5, 6]).require_grad();
+    let b = draws.tensor([3, 4, 5, 6]).require_grad();
+    let probe = draws.tensor([3, 4, 5, 6]);
     let want = relu(a.clone() + b.clone());
     let got = layers::add_relu(a.clone(), b.clone());
     got.to_data().assert_approx_eq::<f32>(&want.to_data(), Tolerance::default());
@@ -164,13 +183,11 @@ const POOLINGS: [([usize; 6], bool); 7] = [
 
 #[test]
 fn maxima_and_their_gradient_equal_burns() {
+    let mut draws = Draws::new();
     for ([images, channels, height, width, stride, padding], ceil) in POOLINGS {
-        let device = Device::flex().autodiff();
         // Whole numbers below 4: windows have several equal maxima.
-        let input = (random([images, channels, height, width], &device) * 2.0)
-            .round()
-            .clamp(-3.0, 3.0)
-            .require_grad();
+        let input =
+            (draws.tensor([images, channels, height, width]) * 2.0).round().clamp(-3.0, 3.0).require_grad();
         let options = MaxPoolOptions::new([3, 3])
             .with_stride([stride, stride])
             .with_padding([padding, padding])
@@ -179,7 +196,7 @@ fn maxima_and_their_gradient_equal_burns() {
         let got = layers::max_pool(input.clone(), PoolOptions { stride, padding, ceil });
         let case = format!("{images} x {channels} x {height} x {width}, stride {stride}, padding {padding}");
         assert_eq!(got.to_data(), want.to_data(), "{case}");
-        let probe = random(want.dims(), &device);
+        let probe = draws.tensor(want.dims());
         let want = (want * probe.clone()).sum().backward();
         let got = (got * probe).sum().backward();
         assert_close(&format!("dL/dinput, {case}"), input.grad(&got).unwrap(), input.grad(&want).unwrap());

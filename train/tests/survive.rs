@@ -114,7 +114,7 @@ fn what_a_kill_during_a_write_leaves_is_passed_over() {
     let again = finish(&resume(&run));
     assert_finished(&again);
     let said = String::from_utf8(again.stderr).unwrap();
-    assert!(said.contains("has finished after 120 steps"), "{said}");
+    assert!(said.contains(&format!("has finished after {STEPS} steps")), "{said}");
     assert_same(&run, &unbroken, "resumed once more");
 }
 

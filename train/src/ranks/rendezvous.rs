@@ -245,7 +245,7 @@ mod tests {
         assert!(alone(0, 3).starts_with("ranks 1, 2 did not come to --rendezvous "), "{}", alone(0, 3));
         assert!(alone(1, 3).starts_with("rank 0 did not come to --rendezvous "), "{}", alone(1, 3));
         thread::scope(|scope| {
-            let other = scope.spawn(|| meet(&file, (1, 3), Duration::from_secs(1), || Ok(Vec::new())));
+            let other = scope.spawn(|| meet(&file, (1, 3), Duration::from_secs(5), || Ok(Vec::new())));
             let said = meet(&file, (0, 2), LIMIT, || Ok(Vec::new())).unwrap_err().to_string();
             assert_eq!(said, "rank 1 was told of 3 ranks, and rank 0 of 2: all need the same WORLD_SIZE");
             assert!(other.join().unwrap().is_err());

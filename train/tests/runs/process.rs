@@ -11,7 +11,7 @@ use super::folder_of_pictures;
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ddtas-train");
 
 /// Number of steps of the run. An epoch of its 4 training classes of 6 pictures has 2 steps.
-pub const STEPS: usize = 120;
+pub const STEPS: usize = 240;
 
 /// Arguments of the run, which evaluates every 12 steps; `more`: further arguments.
 pub fn arguments(data: &Path, output: &Path, more: &[&str]) -> Vec<String> {
