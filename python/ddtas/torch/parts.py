@@ -19,8 +19,8 @@ from .operator import check_call, loss_without_pairs, which_are_unit, with_lambd
 from .ranks import BatchExchange, Ranks
 from .steps import CpuSteps, GpuSteps, PartOfBatch, Steps
 
-STEPS_FROM = 2**35
-"""Multiply-adds of similarities that the steps must spare a process on a GPU; the all-gathers cost more than fewer would. An
+STEPS_FROM = 2**36
+"""Multiply-adds that the steps must spare a process on a GPU, so that they pay for their all-gathers: 0.3 ms of an H200. An
 estimate: no group of GPUs has been measured."""
 
 
@@ -55,9 +55,7 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     exchange = ranks.handshake(rows, about, error)
     if exchange.total == 0 or (references is not None and references.shape[0] == 0):
         return loss_without_pairs(engine, call, numbers)
-    columns = exchange.total if references is None else references.shape[0]
-    spared = exchange.total * columns * rows.shape[1] * (ranks.size - 1) // ranks.size
-    if kind is GpuSteps and spared < STEPS_FROM:
+    if kind is GpuSteps and _spared(exchange, rows, references) < STEPS_FROM:
         return loss_of_gathered_rows(ranks, exchange, call)
     steps = kind(engine, _part_of(call, settings, exchange, own, references))
     exchange.waits = steps.waits
@@ -75,6 +73,14 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
         statistics = statistics.clone()
         statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
     return loss, gradient, torch.empty(0), statistics
+
+
+def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> float:
+    """Multiply-adds that a process is spared by computing its own rows only: of the similarities, and of the gradient."""
+    columns = exchange.total if references is None else references.shape[0]
+    product = float(exchange.total * columns * rows.shape[1])
+    # The whole batch against itself has two equal similarities for each pair, and computes one.
+    return (1.5 if references is None else 2) * product - 2 * product / exchange.ranks.size
 
 
 def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps]) -> Tensor:
