@@ -193,6 +193,19 @@ def an_error_between_the_steps_is_everybody_s(world):
     assert world.same(loss(*batch(8, seed=world.rank)))
 
 
+def a_threshold_out_of_range_in_one_process_is_everybody_s_error(world):
+    if world.size == 1:
+        return
+    loss = SoftContrastiveLoss(lambda_pos=torch.tensor(0.7), group=world.group)
+    if world.rank == 1:
+        loss.lambda_pos.fill_(torch.nan)
+    with raises(ValueError, "rank 1: lambda_pos = NaN"):
+        loss(*batch(8, seed=world.rank))
+    loss = SoftContrastiveLoss(group=world.group, normalize_embeddings=world.rank != 1, check=False)
+    with raises(ValueError, "of unit length"):
+        loss(*batch(8, seed=world.rank))
+
+
 def references_are_the_same_everywhere(world):
     counts = world.uneven()
     (rows, labels), (others, other_labels), own = batch(sum(counts)), batch(33, seed=1), world.own(counts)
@@ -304,26 +317,45 @@ def an_error_on_one_gpu_makes_the_others_losses_nan(world):
     if world.size == 1:
         return
 
-    def select(steps, max_neg, totals):
-        if world.rank == 1:
-            raise MemoryError("no more")
-        return right(steps, max_neg, totals)
-
-    loss, right = SoftContrastiveLoss(group=world.group), GpuSteps.select
-    given = batch(8, seed=world.rank)
-    with emulated_gpu():
-        with patched(GpuSteps, select=select):
+    def failing(right):
+        def step(*given):
             if world.rank == 1:
-                with raises(RuntimeError, "rank 1 failed: no more"):
-                    loss(*given)
-            else:
-                assert loss(*given).isnan()
-        value = loss(*given)
-        assert world.same(value) and value > 0
+                raise MemoryError("no more")
+            return right(*given)
+
+        return step
+
+    loss = SoftContrastiveLoss(group=world.group)
+    memory = CrossBatchMemory(SoftContrastiveLoss(group=world.group), DIM, 70, start_after=1)
+    rows, labels = given = batch(8, seed=world.rank)
+    with emulated_gpu():
+        for name in ("same_class", "sweep", "select", "gradient"):
+            for module, engine in ((loss, loss._engine), (memory, memory.loss._engine)):
+                with patched(GpuSteps, **{name: failing(getattr(GpuSteps, name))}):
+                    leaf = rows.clone().requires_grad_()
+                    if world.rank == 1:
+                        with raises(RuntimeError, "rank 1 failed: no more"):
+                            module(leaf, labels)
+                        continue
+                    value = module(leaf, labels)
+                    value.backward()
+                    assert value.isnan() and leaf.grad.isnan().all()
+                    with raises(RuntimeError, "rank 1 failed in the last loss"):
+                        engine.read_statistics()
+        for module in (loss, memory):
+            value = module(*given)
+            assert world.same(value) and value > 0
+        assert world.same(memory.embedding_memory) and world.same(memory.queue_idx.float())
         bad = given[0].clone()
         bad[3, 2] = torch.nan
         with raises(ValueError, "rank 1: row 3 of the anchors holds a value that is not finite"):
             loss(bad if world.rank == 1 else given[0], given[1])
+        # References are checked by the kernels, in all processes.
+        others = batch(9, seed=7)[0]
+        others[4, 1] = torch.inf
+        assert loss(*given, ref_emb=others, ref_labels=torch.arange(9)).isnan()
+        with raises(ValueError, "row 4 of the references holds a value that is not finite"):
+            loss.check()
 
 
 def a_generator_learns_as_in_one_process(world):
@@ -455,6 +487,7 @@ CASES = [
     thresholds_get_their_derivative,
     one_process_s_error_is_everybody_s,
     an_error_between_the_steps_is_everybody_s,
+    a_threshold_out_of_range_in_one_process_is_everybody_s_error,
     references_are_the_same_everywhere,
     memories_are_alike,
     gpus_have_the_answers_of_the_processor,

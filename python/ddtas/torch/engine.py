@@ -37,7 +37,8 @@ class Engine:
         # A CudaContext, created for the first tensor on a GPU. Only a build with the feature `cuda` has the type.
         self.gpu: Any = None
         # Statistics of the last loss: numbers, or on a GPU the tensor that they are written to and the anchors' labels.
-        self.last: list[float] | tuple[Tensor, Tensor] | None = None
+        # In a group also a tensor that is above 0 for each rank that has failed.
+        self.last: list[float] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None
         # The operator's arguments are numbers and tensors: this number stands for the engine.
         self.key = next(_keys)
         _engines[self.key] = self
@@ -53,10 +54,13 @@ class Engine:
         return self.gpu, (device, getattr(torch._C, "_cuda_getCurrentRawStream")(device))
 
     def read_statistics(self) -> list[float] | None:
-        """The statistics of the last loss; None before the first. Waits for a GPU, and then raises ValueError for a bad row."""
+        """The statistics of the last loss; None before the first. Waits for a GPU, and then raises ValueError for a bad row, and
+        RuntimeError if another process of the group has failed."""
         if not isinstance(self.last, tuple):
             return self.last
-        written, labels = self.last
+        written, labels, *failures = self.last
+        for rank in failures[0].nonzero().flatten().tolist() if failures else ():
+            raise RuntimeError(f"rank {rank} failed in the last loss")
         return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), *count_labels(labels)]
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -67,8 +67,8 @@ class SoftContrastiveLoss(nn.Module):
             rounded to 11 bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. Default False.
             The CPU always computes in float32.
         group: a `torch.distributed.ProcessGroup`; the rows of all its processes form one batch. Each process calls the loss
-            with its own rows, and gets the loss of the whole batch. An error in one process raises in all of them. Default
-            None. A group of one process is the same as None.
+            with its own rows, and gets the loss of the whole batch. An error in one process raises in all of them (docs/python.md
+            for GPUs); bad rows raise in the call. Default None. A group of one process is the same as None.
         uneven: True allows a different number of rows in each process of the group, zero included. Default False.
         gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the
             average over processes by DistributedDataParallel is the gradient of the whole batch. "sum" leaves out the factor.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .engine import NO_INDICES, NOT_FINITE, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
-from .ranks import RaiseOnAllRanks, Ranks, uncompiled
+from .ranks import FailedAlone, RaiseOnAllRanks, Ranks, uncompiled
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
@@ -168,7 +168,11 @@ class CrossBatchMemory(nn.Module):
                     check_side("anchors", embeddings, labels, "labels")
                     enqueue_mask = _checked_mask(enqueue_mask, embeddings)
                 embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
-            loss: Tensor = self.loss(embeddings, labels, indices_tuple)
+            try:
+                loss: Tensor = self.loss(embeddings, labels, indices_tuple)
+            except FailedAlone:
+                self.calls += 1  # as in the other processes
+                raise
             if not torch.compiler.is_compiling():
                 self.calls += 1
             return loss
@@ -194,6 +198,9 @@ class CrossBatchMemory(nn.Module):
         try:
             self._enqueue(places, queued, queued_labels)
             return self._loss_against_queue(rows, labels, identity)
+        except FailedAlone:
+            # The other processes keep the rows.
+            raise
         except BaseException:
             self.embedding_memory[places], self.label_memory[places] = before[:2]
             self.queue_idx.copy_(before[2])

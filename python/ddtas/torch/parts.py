@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import _ddtas
+from ..functional import DEFAULTS
 from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
-from .operator import DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
+from .operator import CHECK_AND_WAIT, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
 from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Ranks
 from .steps import CpuSteps, GpuSteps, PartOfBatch, Steps
@@ -34,31 +35,30 @@ def steps_for(rows: Tensor) -> type[Steps]:
 def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
     engine, rows = engine_of(call.engine), call.rows
-    numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
-    settings = Settings(cast(Mining, call.mining), *numbers)
-    kind, error = steps_for(rows), None
-    own, references = rows, call.references
+    kind, error, about = steps_for(rows), None, ""
+    own, references, numbers, settings = rows, call.references, list(call.numbers), DEFAULTS
     try:
+        numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
+        settings = Settings(cast(Mining, call.mining), *numbers)
         ranks.check_device(rows)
         check_call(call)
         if kind is GpuSteps:
             engine.on_gpu(rows)
-        own = _ready(engine, call, rows, kind)
+        own = _ready(engine, call, rows, kind, False)
         if references is not None:
-            references = _ready(engine, call, references, kind)
+            references = _ready(engine, call, references, kind, True)
+        against = "each other" if references is None else f"{references.shape[0]} references"
+        of = "any length" if call.normalize else "unit length"
+        about = f"rows of {rows.shape[1]} {rows.dtype} of {of} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
-    about = ""
-    if error is None:
-        against = "each other" if references is None else f"{references.shape[0]} references"
-        about = f"rows of {rows.shape[1]} {rows.dtype} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     exchange = ranks.handshake(rows, about, error)
     if exchange.total == 0 or (references is not None and references.shape[0] == 0):
         return loss_without_pairs(engine, call, numbers)
     if kind is GpuSteps and _spared(exchange, rows, references) < STEPS_FROM:
         return loss_of_gathered_rows(ranks, exchange, call)
+    exchange.waits = kind.waits
     steps = kind(engine, _part_of(call, settings, exchange, own, references))
-    exchange.waits = steps.waits
     min_pos, _ = exchange.gather_step(steps.same_class, 1, 0)
     max_neg, totals = exchange.gather_step(lambda: steps.sweep(min_pos), 1, 2)
     pos, neg, _ = exchange.gather_step(lambda: steps.select(max_neg, totals.sum(0)), 2, 0)
@@ -66,13 +66,19 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     exchange.raise_own_error()
     gradient = steps.own_gradient.mul_(ranks.scale) if ranks.scale != 1 else steps.own_gradient
     engine.last, statistics = steps.combined(shares)
-    loss = exchange.nan_if_failed(statistics[0]).float()
     if ranks.gradient == "sum":
         # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole. A copy, since
         # `Engine.read_statistics` may read the original later.
         statistics = statistics.clone()
         statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
-    return loss, gradient, torch.empty(0), statistics
+    if exchange.failures is not None and isinstance(engine.last, tuple):
+        # If a process has failed, loss and gradients of the others are NaN.
+        engine.last = *engine.last[:2], exchange.failures
+        nan_or_zero = torch.where(exchange.failures.sum() > 0, torch.nan, 0.0)
+        statistics, gradient = statistics + nan_or_zero, gradient.add_(nan_or_zero)
+    if call.check == CHECK_AND_WAIT:
+        engine.read_statistics()
+    return statistics[0].float(), gradient, torch.empty(0), statistics
 
 
 def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> float:
@@ -80,19 +86,19 @@ def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) ->
     columns = exchange.total if references is None else references.shape[0]
     product = float(exchange.total * columns * rows.shape[1])
     # The whole batch against itself has two equal similarities for each pair, and computes one.
-    return (1.5 if references is None else 2) * product - 2 * product / exchange.ranks.size
+    return (1.5 if references is None else 2) * product - 2 * product * exchange.largest / exchange.total
 
 
-def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps]) -> Tensor:
-    """The rows of one side, checked, as the steps take them. Unit rows are bit for bit those of the loss without a group."""
-    of_references = given is call.references
+def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps], of_references: bool) -> Tensor:
+    """The rows of one side as the steps take them, and checked, except a GPU's references, which the kernels check. Unit rows are
+    bit for bit those of the loss without a group."""
     if given.dtype not in TYPES or given.dtype == torch.float64:
         got = str(given.dtype).removeprefix("torch.")
         raise TypeError(f"with a process group the anchors must be float32, float16 or bfloat16, not {got}")
     if of_references and given.requires_grad:
         raise ValueError("references must not require a gradient with a process group: they are constants, the same everywhere")
     rows = laid_out(given.detach())
-    if rows.numel() == 0:
+    if rows.numel() == 0 or (of_references and not kind.takes_unit_rows):
         return rows
     unit = rows
     if call.normalize and kind.takes_unit_rows:
@@ -109,10 +115,10 @@ def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps]) -> Tens
 
 
 def loss_of_gathered_rows(ranks: Ranks, exchange: BatchExchange, call: Call) -> Outputs:
-    """The loss of all rows, computed in every process. Each has checked its own rows already."""
+    """The loss of all rows, computed in every process. Each has checked its own rows already, the kernels check the references."""
     rows, labels = exchange.gather_rows(call.rows.detach()), exchange.gather_rows(call.labels)
     identity = None if call.identity is None else exchange.gather_rows(call.identity)
-    whole = call._replace(rows=rows, labels=labels, identity=identity, check=UNCHECKED, reference_gradient=False)
+    whole = call._replace(rows=rows, labels=labels, identity=identity, reference_gradient=False)
     loss, gradient, empty, statistics = whole_loss(*whole)
     if ranks.gradient == "sum":
         # A copy, since `Engine.read_statistics` reads the original later.

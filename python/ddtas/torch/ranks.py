@@ -103,6 +103,10 @@ class Ranks:
         return gathered
 
 
+class FailedAlone(RuntimeError):
+    """An error in this process that the others have not raised: they have gone on, with a loss of NaN."""
+
+
 class RaiseOnAllRanks:
     """Context manager before a handshake: an error in one process raises in all. Without a group it does nothing."""
 
@@ -127,7 +131,8 @@ class BatchExchange:
         self.own = slice(self.first, self.first + counts[ranks.rank])
         self.waits = True
         self._error: Exception | None = None
-        self._failures: Tensor | None = None
+        self.failures: Tensor | None = None
+        """`[W]`: above 0 for each process that has failed in a step, unless `waits`."""
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, concatenated in the order of ranks."""
@@ -138,7 +143,7 @@ class BatchExchange:
 
         Returns the former concatenated over the processes, the latter as `[W, sums]`. An error in one process raises in all. If
         `waits` is False, no process waits for the others: the one with the error goes on with zeros, and raises it by
-        `raise_own_error`; in all others the loss becomes NaN by `nan_if_failed`.
+        `raise_own_error`; `failures` says so to the others.
         """
         error: Exception | None = None
         try:
@@ -157,7 +162,9 @@ class BatchExchange:
                 raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
         else:
             self._error = self._error or error
-            self._failures = flags if self._failures is None else self._failures + flags
+            self.failures = flags if self.failures is None else self.failures + flags
+        # Its traceback holds this frame, which would hold it and all rows.
+        del error
         start, width = 8 * (1 + sums), 4 * self.largest
         all_rows = [
             self._concatenated(gathered[:, start + place * width : start + (place + 1) * width], number)
@@ -167,12 +174,12 @@ class BatchExchange:
 
     def raise_own_error(self) -> None:
         """After the last step: raises the first error of this process."""
-        if self._error is not None:
-            raise RuntimeError(f"rank {self.ranks.rank} failed: {self._error}") from self._error
-
-    def nan_if_failed(self, loss: Tensor) -> Tensor:
-        """The loss, or NaN if a process has failed in a step."""
-        return loss if self._failures is None else torch.where(self._failures.sum() > 0, torch.nan, loss)
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise FailedAlone(f"rank {self.ranks.rank} failed: {error}") from error
+            finally:
+                del error
 
     def _padded(self, tensor: Tensor) -> Tensor:
         """The bytes of the rows, padded with zeros to as many rows as the largest process has."""

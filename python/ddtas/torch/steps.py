@@ -15,7 +15,7 @@ from .. import _ddtas
 from ..part import Part
 from ..settings import Settings
 from .engine import Engine, count_labels, laid_out
-from .operator import STATISTICS, TYPES, Call
+from .operator import STATISTICS, TYPES, UNCHECKED, Call
 from .ranks import BatchExchange
 
 Found = tuple[list[Tensor], Tensor]
@@ -131,15 +131,16 @@ class GpuSteps:
 
     takes_unit_rows = False
     waits = False
+    own_gradient: Tensor
 
     def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
         self.engine, self.batch = engine, batch
         self.part: Any = None
-        self.own_gradient = torch.empty(batch.rows.shape, dtype=torch.float32, device=batch.rows.device)
         self.all_labels = batch.reference_labels if batch.square else batch.exchange.gather_rows(batch.call.labels)
 
     def same_class(self) -> Found:
         (min_pos,) = self._row_numbers(torch.float32, 1)
+        self.own_gradient = torch.empty(self.batch.rows.shape, dtype=torch.float32, device=self.batch.rows.device)
         if self._has_rows:
             self._begin()
             self.part.same_class(min_pos.data_ptr())
@@ -165,7 +166,7 @@ class GpuSteps:
 
     def combined(self, shares: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """As on the CPU, of `LossScalars` (kernels/params.h), whose counts are integers."""
-        # No row is bad, since each process has checked its own: the words that would name one are any part's.
+        # Each process has checked its own rows, and every part checks all references: the words that name a bad one are any part's.
         first = next(rank for rank, count in enumerate(self.batch.exchange.counts) if count)
         counts = shares.view(torch.int64)
         whole = shares[first].clone()
@@ -195,7 +196,8 @@ class GpuSteps:
         ]
         mining, *numbers = astuple(batch.settings)
         make = getattr(_ddtas, "CudaPart")
-        self.part = make(gpu, place, sides, identity, batch.exchange.total, mining, numbers, False, call.normalize)
+        check = call.check != UNCHECKED
+        self.part = make(gpu, place, sides, identity, batch.exchange.total, mining, numbers, check, call.normalize)
 
     def _row_numbers(self, dtype: torch.dtype, lists: int) -> list[Tensor]:
         rows = self.batch.rows
@@ -230,5 +232,5 @@ MINED = slice(13, 15)
 def _means(means: Tensor, weights: Tensor) -> Tensor:
     """The mean similarities of the batch, `[2]`, from those of its parts and their numbers of pairs, `[W, 2]` each."""
     # The mean of a part without such a pair is NaN, and its weight 0.
-    whole: Tensor = (means.nan_to_num() * weights).sum(0) / weights.sum(0)
+    whole: Tensor = torch.where(weights > 0, means * weights, 0).sum(0) / weights.sum(0)
     return whole
