@@ -4,8 +4,6 @@
 
 use std::ffi::c_void;
 
-#[cfg(feature = "cuda")]
-use ddtas::backend::cuda::CudaBackend;
 use ddtas::backend::device::{ElementType, Options, ResidentBatch, ResidentOutput, ResidentRows};
 use ddtas::loss;
 use ddtas::retrieval::recall_by;
@@ -18,11 +16,9 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::context::{Found, QueryMetrics, depths, found, metrics_of_queries};
-#[cfg(not(feature = "cuda"))]
-use crate::emulated::CudaBackend;
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::resident::{Target, Where, Workspaces, part_of, settings_of};
+use crate::resident::{CudaBackend, Target, Where, Workspaces, part_of, settings_of};
 use crate::settings::Settings;
 use crate::sides::{SEARCH, Sides, unit_check};
 

@@ -26,9 +26,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 mod context;
-#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[cfg(feature = "kernels")]
 mod cuda;
-#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[cfg(feature = "kernels")]
 mod cuda_part;
 mod double;
 #[cfg(all(feature = "emulated", not(feature = "cuda")))]
@@ -37,7 +37,7 @@ mod error;
 mod input;
 mod output;
 mod part;
-#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[cfg(feature = "kernels")]
 mod resident;
 mod settings;
 mod sides;
@@ -151,9 +151,9 @@ fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("has_cuda", cfg!(feature = "cuda"))?;
     module.add_class::<workspace::Context>()?;
     module.add_class::<output::LossOutput>()?;
-    #[cfg(any(feature = "cuda", feature = "emulated"))]
+    #[cfg(feature = "kernels")]
     module.add_class::<cuda::CudaContext>()?;
-    #[cfg(any(feature = "cuda", feature = "emulated"))]
+    #[cfg(feature = "kernels")]
     module.add_class::<cuda_part::CudaPart>()?;
     module.add_function(wrap_pyfunction!(check_settings, module)?)?;
     module.add_function(wrap_pyfunction!(address_of, module)?)?;

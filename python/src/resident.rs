@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ddtas::Error;
 #[cfg(feature = "cuda")]
-use ddtas::backend::cuda::{CudaBackend, CudaDevice, Gpu};
+pub use ddtas::backend::cuda::CudaBackend;
+#[cfg(feature = "cuda")]
+use ddtas::backend::cuda::{CudaDevice, Gpu};
 use ddtas::backend::device::{
     Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows, ResidentSettings,
 };
@@ -16,7 +18,9 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
 #[cfg(not(feature = "cuda"))]
-use crate::emulated::{CudaBackend, CudaDevice, Gpu, OnStream};
+pub use crate::emulated::CudaBackend;
+#[cfg(not(feature = "cuda"))]
+use crate::emulated::{CudaDevice, Gpu, OnStream};
 use crate::settings::Settings;
 use crate::sides::unit_check;
 use crate::tensors::element_type;

@@ -179,16 +179,22 @@ def one_process_s_error_is_everybody_s(world):
     assert world.same(loss(rows, labels))
 
 
+def failing(world, right):
+    """A step that fails in rank 1."""
+
+    def step(*given):
+        if world.rank == 1:
+            raise MemoryError("no more")
+        return right(*given)
+
+    return step
+
+
 def an_error_between_the_steps_is_everybody_s(world):
     if world.size == 1:
         return
-    def select(steps, max_neg, totals):
-        if world.rank == 1:
-            raise MemoryError("no more")
-        return right(steps, max_neg, totals)
-
-    loss, right = SoftContrastiveLoss(group=world.group), CpuSteps.select
-    with patched(CpuSteps, select=select), raises(RuntimeError, "rank 1 failed"):
+    loss = SoftContrastiveLoss(group=world.group)
+    with patched(CpuSteps, select=failing(world, CpuSteps.select)), raises(RuntimeError, "rank 1 failed"):
         loss(*batch(8, seed=world.rank))
     assert world.same(loss(*batch(8, seed=world.rank)))
 
@@ -317,21 +323,13 @@ def an_error_on_one_gpu_makes_the_others_losses_nan(world):
     if world.size == 1:
         return
 
-    def failing(right):
-        def step(*given):
-            if world.rank == 1:
-                raise MemoryError("no more")
-            return right(*given)
-
-        return step
-
     loss = SoftContrastiveLoss(group=world.group)
     memory = CrossBatchMemory(SoftContrastiveLoss(group=world.group), DIM, 70, start_after=1)
     rows, labels = given = batch(8, seed=world.rank)
     with emulated_gpu():
         for name in ("same_class", "sweep", "select", "gradient"):
             for module, engine in ((loss, loss._engine), (memory, memory.loss._engine)):
-                with patched(GpuSteps, **{name: failing(getattr(GpuSteps, name))}):
+                with patched(GpuSteps, **{name: failing(world, getattr(GpuSteps, name))}):
                     leaf = rows.clone().requires_grad_()
                     if world.rank == 1:
                         with raises(RuntimeError, "rank 1 failed: no more"):

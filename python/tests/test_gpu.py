@@ -136,7 +136,7 @@ def test_steps_of_two_parts_give_the_loss_of_the_whole():
     for first, count in ((0, 70), (70, 130)):
         own = slice(first, first + count)
         call = Call(rows[own], labels[own], *[None] * 5, "at-asms", numbers, True, False, 0, 0)
-        exchange = SimpleNamespace(total=200, counts=counts, first=first, own=own)
+        exchange = SimpleNamespace(total=200, counts=counts, first=first, own=own, failures=torch.zeros(2, device=rows.device))
         parts.append(GpuSteps(Engine(), PartOfBatch(call, settings, exchange, rows[own].detach(), rows.detach(), labels)))
     gathered = []
     for name in ("same_class", "sweep", "select", "gradient"):

@@ -37,7 +37,7 @@ class Engine:
         # A CudaContext, created for the first tensor on a GPU. Only a build with the feature `cuda` has the type.
         self.gpu: Any = None
         # Statistics of the last loss: numbers, or on a GPU the tensor that they are written to and the anchors' labels.
-        # In a group also a tensor that is above 0 for each rank that has failed.
+        # In a group also a tensor that is 1 for each rank that has failed.
         self.last: list[float] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None
         # The operator's arguments are numbers and tensors: this number stands for the engine.
         self.key = next(_keys)

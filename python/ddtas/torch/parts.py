@@ -24,8 +24,8 @@ STEPS_FROM = 2**36
 """Multiply-adds that the steps must spare a process on a GPU, so that they pay for their all-gathers: 0.3 ms of an H200. An
 estimate: no group of GPUs has been measured."""
 
-
 whole_loss = torch.ops.ddtas.loss.default
+"""The loss of a batch without a group."""
 
 
 def steps_for(rows: Tensor) -> type[Steps]:
@@ -64,18 +64,13 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     pos, neg, _ = exchange.gather_step(lambda: steps.select(max_neg, totals.sum(0)), 2, 0)
     (shares,) = exchange.gather_step(lambda: steps.gradient(pos, neg), 0, len(STATISTICS))
     exchange.raise_own_error()
-    gradient = steps.own_gradient.mul_(ranks.scale) if ranks.scale != 1 else steps.own_gradient
     engine.last, statistics = steps.combined(shares)
+    gradient = steps.own_gradient.mul_(ranks.scale) if ranks.scale != 1 else steps.own_gradient
     if ranks.gradient == "sum":
         # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole. A copy, since
         # `Engine.read_statistics` may read the original later.
         statistics = statistics.clone()
         statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
-    if exchange.failures is not None and isinstance(engine.last, tuple):
-        # If a process has failed, loss and gradients of the others are NaN.
-        engine.last = *engine.last[:2], exchange.failures
-        nan_or_zero = torch.where(exchange.failures.sum() > 0, torch.nan, 0.0)
-        statistics, gradient = statistics + nan_or_zero, gradient.add_(nan_or_zero)
     if call.check == CHECK_AND_WAIT:
         engine.read_statistics()
     return statistics[0].float(), gradient, torch.empty(0), statistics

@@ -124,6 +124,9 @@ class RaiseOnAllRanks:
 class BatchExchange:
     """The all-gathers of one batch, after a handshake: every process knows how many rows each has."""
 
+    failures: Tensor
+    """`[W]`: 1 for each process that has failed in a step so far."""
+
     def __init__(self, ranks: Ranks, counts: list[int], device: torch.device) -> None:
         self.ranks, self.counts, self.device = ranks, counts, device
         self.total, self.largest = sum(counts), max(counts)
@@ -131,8 +134,6 @@ class BatchExchange:
         self.own = slice(self.first, self.first + counts[ranks.rank])
         self.waits = True
         self._error: Exception | None = None
-        self.failures: Tensor | None = None
-        """`[W]`: above 0 for each process that has failed in a step, unless `waits`."""
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, concatenated in the order of ranks."""
@@ -152,17 +153,15 @@ class BatchExchange:
             error = failed
             numbers = [torch.zeros(self.counts[self.ranks.rank], dtype=torch.int32, device=self.device)] * rows
             totals = torch.zeros(sums, dtype=torch.float64, device=self.device)
-        flag = torch.full((1,), error is not None, dtype=torch.float64, device=self.device)
+        self._error = self._error or error
+        flag = torch.full((1,), self._error is not None, dtype=torch.float64, device=self.device)
         payload = [flag.view(torch.uint8), totals.view(torch.uint8), *map(self._padded, numbers)]
         gathered = self.ranks._all_gather(torch.cat(payload))
-        flags = gathered[:, :8].reshape(-1).view(torch.float64)
+        self.failures = gathered[:, :8].reshape(-1).view(torch.float64)
         if self.waits:
-            failed_ranks = flags.nonzero().flatten().tolist()
+            failed_ranks = self.failures.nonzero().flatten().tolist()
             if failed_ranks:
                 raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
-        else:
-            self._error = self._error or error
-            self.failures = flags if self.failures is None else self.failures + flags
         # Its traceback holds this frame, which would hold it and all rows.
         del error
         start, width = 8 * (1 + sums), 4 * self.largest
@@ -176,10 +175,7 @@ class BatchExchange:
         """After the last step: raises the first error of this process."""
         error, self._error = self._error, None
         if error is not None:
-            try:
-                raise FailedAlone(f"rank {self.ranks.rank} failed: {error}") from error
-            finally:
-                del error
+            raise FailedAlone(f"rank {self.ranks.rank} failed: {error}") from error
 
     def _padded(self, tensor: Tensor) -> Tensor:
         """The bytes of the rows, padded with zeros to as many rows as the largest process has."""

@@ -164,8 +164,13 @@ class GpuSteps:
             self.part.gradient([self._given(count_pos), self._given(count_neg)], scalars.data_ptr())
         return [], scalars
 
-    def combined(self, shares: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """As on the CPU, of `LossScalars` (kernels/params.h), whose counts are integers."""
+    def combined(self, shares: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """As on the CPU, of `LossScalars` (kernels/params.h), whose counts are integers. If a process has failed, the loss becomes
+        NaN, and so do its derivatives in `shares` and `own_gradient`."""
+        failures = self.batch.exchange.failures
+        nan_or_zero = torch.where(failures.sum() > 0, torch.nan, 0.0)
+        shares[:, :SUMS_END] += nan_or_zero
+        self.own_gradient += nan_or_zero
         # Each process has checked its own rows, and every part checks all references: the words that name a bad one are any part's.
         first = next(rank for rank, count in enumerate(self.batch.exchange.counts) if count)
         counts = shares.view(torch.int64)
@@ -174,7 +179,7 @@ class GpuSteps:
         whole[MEANS] = _means(shares[:, MEANS], counts[:, TOTALS].double())
         for place in (COUNTS, MINED):
             whole.view(torch.int64)[place] = counts[:, place].sum(0)
-        return (whole, self.all_labels), whole
+        return (whole, self.all_labels, failures), whole
 
     @property
     def _has_rows(self) -> bool:
