@@ -179,8 +179,7 @@ def main() -> None:
     network = Network(options.backbone, options.embedding_dim, options.image_size).to(device)
     if options.batch_norm == "synchronised":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    group = dist.group.WORLD if ranks > 1 else None
-    loss_fn = pair_loss = SoftContrastiveLoss(lambda_pos=options.threshold, lambda_neg=options.threshold, group=group, uneven=True)
+    loss_fn = pair_loss = SoftContrastiveLoss(lambda_pos=options.threshold, lambda_neg=options.threshold, group="world", uneven=True)
     if options.memory_size:
         loss_fn = CrossBatchMemory(loss_fn, options.embedding_dim, options.memory_size)
     generator, seen = None, {}

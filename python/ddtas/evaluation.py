@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._ddtas import Context
-from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of, warn
+from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of, single, warn
 
 Figures = npt.NDArray[np.float64]
 
@@ -59,7 +59,7 @@ def evaluate(
 ) -> Evaluation:
     """Searches for each row of `embeddings` among the other rows, or in a gallery, and returns the retrieval metrics.
 
-    Rows must have unit length, in float32, float16 or bfloat16. `identity` says which gallery rows are the queries themselves, as
+    Rows must have unit length, in float32, float16 or bfloat16; float64 arrays are compared in float32. `identity` says which gallery rows are the queries themselves, as
     in `loss`; a query is left out of its own list. Without it a query that is in the gallery finds itself: duplicates are not
     recognised. Equally similar rows are ranked by their index. Rows with a negative label are neither queries nor answers, and
     queries without an answer are not counted. With `nmi=True` all queries without a negative label are clustered by k-means, with
@@ -70,6 +70,7 @@ def evaluate(
     """
     context = context_of(context)
     depths = depths_of(ks)
+    embeddings, gallery = single(embeddings), None if gallery is None else single(gallery)
     found = context.query_metrics(embeddings, labels, gallery, gallery_labels, identity, depths)
     information = context.nmi(embeddings, labels, seed) if nmi else None
     return evaluation_of(found, depths, information)

@@ -160,6 +160,11 @@ def threshold_gradient(
     )
 
 
+def single(rows: Matrix) -> Matrix:
+    """float64 arrays in float32, in which rows are searched; anything else as it is."""
+    return rows.astype(np.float32) if isinstance(rows, np.ndarray) and rows.dtype == np.float64 else rows
+
+
 def recall_at_k(
     embeddings: Matrix, labels: Labels, ks: Iterable[int] = (1, 2, 4, 8), *, context: Context | None = None
 ) -> Recall:
@@ -169,7 +174,7 @@ def recall_at_k(
     result's `without_match` is their number, `queries` that of the counted rows. A K larger than the number of other rows counts
     all of them.
 
-    Raises what `loss` does, and TypeError for float64 rows.
+    float64 arrays are compared in float32. Raises what `loss` does.
     """
     context = context_of(context)
-    return recall_of(context.recall_at_k(embeddings, labels, depths_of(ks)))
+    return recall_of(context.recall_at_k(single(embeddings), labels, depths_of(ks)))

@@ -171,7 +171,7 @@ def one_process_s_error_is_everybody_s(world):
         with raises(ValueError, f"{name}: the rows are on meta, and the group carries those of cpu"):
             module(rows.to("meta") if last else rows, labels)
     other = SoftContrastiveLoss(gamma=0.2, group=world.group)
-    with raises(ValueError, "gamma=0.2"):
+    with raises(ValueError, f"{name} has gamma=0.2, and rank 0 gamma=0.1: they must be the same"):
         (other if last else loss)(rows, labels)
     with raises(ValueError, "rank 0: references must not require a gradient"):
         loss(rows, labels, ref_emb=rows.clone().requires_grad_(), ref_labels=labels)
@@ -227,6 +227,12 @@ def references_are_the_same_everywhere(world):
     # References of any length are normalised as the rows are, and checked.
     loss = SoftContrastiveLoss(group=world.group, uneven=True)
     close(loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels), want.detach())
+    if world.size > 1:
+        last = world.rank == world.size - 1
+        for changed in ((others.flip(0), other_labels), (others, other_labels.flip(0))):
+            with raises(ValueError, "has references and labels with the checksum"):
+                given = changed if last else (others, other_labels)
+                loss(rows[own], labels[own], ref_emb=given[0], ref_labels=given[1])
     others[4, 1] = torch.nan
     with raises(ValueError, "row 4 of the references holds a value that is not finite"):
         loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels)
@@ -434,6 +440,23 @@ def distributed_data_parallel_trains_as_one_process(world):
     assert values[0] > 0
 
 
+def a_group_may_be_named_before_it_exists(world):
+    if world.size < SIZE:
+        return
+    rows, labels = batch(8, seed=world.rank)
+    want = SoftContrastiveLoss(group=world.group)(rows, labels)
+    with patched(dist, is_initialized=lambda: False):
+        named, early = SoftContrastiveLoss(group="world"), SoftContrastiveLoss(group=None)
+        assert "group=world" in repr(named)
+    assert named(rows, labels) == want and f"group={SIZE} processes" in repr(named)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert early(rows, labels) != want
+    texts = [str(warning.message) for warning in warned]
+    assert sum(f'say group="world" for the rows of all {SIZE} processes' in text for text in texts) == 1, texts
+
+
 def synchronised_batch_norm_is_torch_s_own(world):
     """torch has no SyncBatchNorm for the CPU, which this asserts, so that the case fails once it has one."""
     if world.size == 1:
@@ -472,8 +495,10 @@ def a_module_with_a_group_can_be_copied_but_not_pickled(world):
     if world.size > 1:
         with raises(TypeError, "save its state_dict"):
             pickle.dumps(loss)
-    with raises(TypeError, "group must be a torch.distributed.ProcessGroup, not str"):
+    with raises(TypeError, 'group must be "world", which is all processes, or a torch.distributed.ProcessGroup, not \'all\''):
         SoftContrastiveLoss(group="all")
+    with raises(ValueError, "this process is not in the group"):
+        SoftContrastiveLoss(group=dist.GroupMember.NON_GROUP_MEMBER)
     with raises(ValueError, 'gradient must be "mean" or "sum"'):
         SoftContrastiveLoss(group=world.group, gradient="max")
 
@@ -494,6 +519,7 @@ CASES = [
     a_generator_learns_as_in_one_process,
     half_precision_travels_as_it_is,
     distributed_data_parallel_trains_as_one_process,
+    a_group_may_be_named_before_it_exists,
     synchronised_batch_norm_is_torch_s_own,
     compiled_networks_have_a_break_before_the_loss,
     a_module_with_a_group_can_be_copied_but_not_pickled,

@@ -270,8 +270,8 @@ def test_recall_refuses_what_it_does_not_serve():
     ]:
         with pytest.raises(kind, match=message):
             ddtas.recall_at_k(rows, labels, ks)
-    with pytest.raises(TypeError, match="the queries must be float32, float16 or bfloat16"):
-        ddtas.recall_at_k(rows.astype(float), labels)
+    with pytest.raises(TypeError, match="the queries must be float32, float16, bfloat16 or float64"):
+        ddtas.recall_at_k(rows.astype(int), labels)
     with pytest.raises(ValueError, match="labels of the queries"):
         ddtas.recall_at_k(rows, labels[:3])
 

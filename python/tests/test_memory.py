@@ -216,14 +216,14 @@ def test_a_bad_batch_is_refused_and_not_queued():
     bad[7] = torch.nan
     for call, message in [
         (lambda: memory(bad, labels), "row 7 of the embeddings is not finite"),
-        (lambda: memory(0 * rows, labels), "row 0 of the embeddings .* has no unit length"),
+        (lambda: memory(0 * rows, labels), "row 0 of the embeddings is all zeros"),
         (lambda: memory(torch.cat([rows, rows]), torch.cat([labels, labels])), "32 rows do not fit a memory of 20"),
         (lambda: memory(rows[:, :3], labels), r"embeddings must be \[B, 8\]"),
         (lambda: memory(rows, labels[:3]), r"labels must be \[16\]"),
         (lambda: memory(rows, labels, (labels,) * 4), "take the miner out"),
         (lambda: CrossBatchMemory(SoftContrastiveLoss(), DIM, 0), "at least 1"),
-        (lambda: memory(rows, labels.float()), "the labels must be integers, not float32$"),
-        (lambda: memory(rows, labels > 1), "the labels must be integers, not bool$"),
+        (lambda: memory(rows, labels.float()), "the labels must be integers, not float32: convert"),
+        (lambda: memory(rows, labels > 1), "the labels must be integers, not bool: convert"),
         (lambda: memory(rows, labels, enqueue_mask=torch.arange(16) % 2), "booleans, not torch.int64"),
         (lambda: memory(rows, labels, enqueue_mask=[True] * 16), "booleans, not list"),
         (lambda: memory(rows, labels, enqueue_mask=torch.ones(15, dtype=torch.bool)), r"enqueue_mask must be \[16\]"),
@@ -260,7 +260,8 @@ def test_rows_that_are_not_finite_are_counted_and_warned_of_as_what_they_are():
         for _ in range(2):
             memory(rows, labels)
     (only,) = [str(warning.message) for warning in warned]
-    assert only == "rows that are not finite: 2; the memory leaves them out of every pair and queues none"
+    text = "rows that are not finite: 2; the memory leaves them out of every pair and queues an ignored row in the place of each"
+    assert only == text
     assert memory.loss.statistics["ignored"] == 0 and memory.loss.statistics["not_finite"] == 2
     labels[3] = labels[4] = -1
     with pytest.warns(UserWarning, match="^rows with a negative label: 1; they take part in no pair$"):
@@ -335,6 +336,29 @@ def test_a_state_dict_of_the_first_version_is_taken_up():
     again = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
     again.load_state_dict(old)
     assert again.filled == 16 and again(*given[1]) == memory(*given[1])
+
+
+def test_a_memory_made_on_the_meta_device_is_empty_or_loaded():
+    rows, labels = next(batches(1, 16, seed=3))
+    want = CrossBatchMemory(SoftContrastiveLoss(lambda_pos=torch.tensor(0.6)), DIM, 40)
+    first = want(rows, labels)
+    state = want.state_dict()
+
+    def on_meta():
+        with torch.device("meta"):
+            return CrossBatchMemory(SoftContrastiveLoss(lambda_pos=torch.tensor(0.2)), DIM, 40)
+
+    assert on_meta().state_dict().keys() == state.keys() and "nan" in repr(on_meta())
+    empty, loaded = on_meta().to_empty(device="cpu"), on_meta()
+    empty.loss.lambda_pos = 0.6
+    assert empty.filled == 0 and empty(rows, labels) == first and empty.filled == 16
+    loaded.load_state_dict(state, assign=True)
+    assert loaded.filled == 16 and loaded(rows, labels) == want(rows, labels)
+    empty.queue_idx.fill_(10**12)
+    with pytest.raises(RuntimeError, match="call reset_queue"):
+        empty(rows, labels)
+    empty.reset_parameters()
+    assert empty(rows, labels) == first
 
 
 def test_what_the_other_library_s_arguments_are_replaced_by_is_said():

@@ -128,17 +128,21 @@ def test_fifty_steps_of_a_memory_compile_once(dtype):
     assert torch.equal(memory.embedding_memory, before)
 
 
-def test_a_memory_that_has_not_started_is_compiled_again_when_it_does():
-    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100, start_after=5)
+def test_a_compiled_memory_counts_its_first_calls_and_starts():
+    memory, other = (CrossBatchMemory(SoftContrastiveLoss(), DIM, 100, start_after=12) for _ in range(2))
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(memory, fullgraph=True, backend=count, dynamic=False)
+    compiled = torch.compile(memory, backend=count, dynamic=False)
     rows, labels = batch(16)
-    for _ in range(3):
+    for _ in range(12):
+        assert not memory.started
         assert compiled(rows, labels) == memory.loss(rows, labels)
-    memory.start()
+    assert memory.started
+    before = count.frame_count
     for _ in range(3):
         compiled(rows, labels)
-    assert count.frame_count == 2 and memory.filled == 48
+    assert count.frame_count == before + 1 and memory.filled == 48
+    with pytest.raises(Exception, match=r"call the memory's loss until start\(\)"):
+        torch.compile(other, fullgraph=True, backend="aot_eager")(rows, labels)
 
 
 def test_functional_gradients_are_those_of_backward():

@@ -257,7 +257,72 @@ def test_a_batch_of_one_kind_of_pairs_is_warned_of_once():
         # One row, no rows, and a memory without rows of the classes in the batch.
         SoftContrastiveLoss()(embeddings[:1], torch.arange(1))
         SoftContrastiveLoss()(embeddings[:0], labels[:0])
-        SoftContrastiveLoss()(embeddings[:3], torch.arange(3), ref_emb=embeddings[3:6], ref_labels=torch.arange(3, 6))
+        unit = torch.nn.functional.normalize(embeddings)
+        SoftContrastiveLoss().loss_of_unit_rows(unit[:3], torch.arange(3), unit[3:6], torch.arange(3, 6))
+    for labels_of_three, message in [((3, 4, 5), "^no anchor has a reference of its class"), ((0, 0, 0), "^all references are")]:
+        with pytest.warns(UserWarning, match=message):
+            SoftContrastiveLoss()(
+                embeddings[:3], torch.zeros(3).long(), ref_emb=embeddings[3:6], ref_labels=torch.tensor(labels_of_three)
+            )
+
+
+def test_ignored_references_are_warned_of_once():
+    embeddings, labels = batch()
+    others, other_labels = batch(seed=1)
+    loss = SoftContrastiveLoss()
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            loss(embeddings, labels.abs(), ref_emb=others, ref_labels=other_labels.abs().index_fill(0, torch.arange(3), -1))
+    assert [str(warning.message) for warning in warned] == ["references with a negative label: 3; they are in no pair"]
+
+
+def test_unchecked_rows_that_are_not_finite_are_not_taken_for_a_bad_sampler():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss(check=False)
+    with pytest.warns(UserWarning, match="^rows that are not finite: 40; they are in no pair, and their gradient is NaN$"):
+        loss(embeddings * torch.inf, labels.abs())
+    with pytest.warns(UserWarning, match="no two different rows of one class"):
+        loss(embeddings, torch.arange(40))
+
+
+def test_arguments_of_the_constructor_alone_cannot_be_set_later():
+    loss = SoftContrastiveLoss()
+    for name in ("check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient"):
+        with pytest.raises(AttributeError, match=f"{name} is an argument of SoftContrastiveLoss and cannot be changed later"):
+            setattr(loss, name, True)
+    loss.check()
+
+
+def test_thresholds_that_are_tensors_are_saved_and_loaded():
+    tensor, parameter = torch.tensor(0.4, dtype=torch.float64), torch.nn.Parameter(torch.tensor(0.3))
+    saved = SoftContrastiveLoss(lambda_pos=tensor, lambda_neg=parameter)
+    tensor.fill_(0.65)
+    state = saved.state_dict()
+    assert state.keys() == {"lambda_pos", "lambda_neg"} and not SoftContrastiveLoss().state_dict()
+    own = torch.tensor(0.1)
+    again = SoftContrastiveLoss(lambda_pos=own, lambda_neg=torch.nn.Parameter(torch.tensor(0.2)))
+    again.load_state_dict(state)
+    assert again.lambda_pos is own and own == torch.tensor(0.65) and again.lambda_neg == torch.tensor(0.3)
+    plain = SoftContrastiveLoss(lambda_pos=0.5)
+    plain.load_state_dict({"lambda_pos": state["lambda_pos"]})
+    assert plain.lambda_pos == plain.settings.lambda_pos == 0.65
+    with pytest.raises(RuntimeError, match='Missing key.*"lambda_pos"'):
+        again.load_state_dict({"lambda_neg": state["lambda_neg"]})
+    with pytest.raises(ValueError, match="lambda_pos = 3 is out of range"):
+        plain.load_state_dict({"lambda_pos": torch.tensor(3.0)})
+
+
+def test_the_world_is_this_process_without_others(monkeypatch):
+    embeddings, labels = batch()
+    loss, alone = SoftContrastiveLoss(group="world"), SoftContrastiveLoss()
+    assert loss(embeddings, labels) == alone(embeddings, labels) > 0 and loss.ranks is None
+    assert "group=world" in repr(loss) and "group" not in repr(alone)
+    torch._dynamo.reset()
+    compiled = torch.compile(pickle.loads(pickle.dumps(loss)), fullgraph=True, backend="aot_eager")
+    assert compiled(embeddings, labels) == alone(embeddings, labels)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match='group="world" of one of several processes: call torch.distributed.init_process_group'):
+        loss(embeddings, labels)
 
 
 def test_settings_change_between_calls():
@@ -299,10 +364,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: loss(embeddings, labels.float()), TypeError, "the labels must be integers"),
         (lambda: loss(embeddings[0], labels[:1]), ValueError, "2 dimensions"),
         (lambda: loss(embeddings[:, :0], labels), ValueError, "the anchors are empty"),
-        (lambda: loss(embeddings, labels.bool()), TypeError, "the labels must be integers, not bool$"),
-        (lambda: loss(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=labels.float()), TypeError, "not float32$"),
+        (lambda: loss(embeddings, labels.bool()), TypeError, r"the labels must be integers, not bool: convert them by long\(\)$"),
+        (lambda: loss(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=labels.float()), TypeError, "not float32: convert"),
         (lambda: loss(embeddings, labels[:, None]), ValueError, "the labels must have 1 dimension, not 2"),
-        (lambda: recall_at_k(embeddings, labels > 1), TypeError, "the labels of the queries must be integers, not bool$"),
+        (lambda: recall_at_k(embeddings, labels > 1), TypeError, "the labels of the queries must be integers, not bool: convert"),
         (lambda: SoftContrastiveLoss(lambda_pos=torch.zeros(2)), ValueError, r"must have one element, not the shape \[2\]"),
         (lambda: SoftContrastiveLoss(lambda_pos="0.7"), TypeError, "must be numbers or tensors, not str"),
         (lambda: SoftContrastiveLoss(gamma="0.1"), TypeError, "^gamma must be a number, not str$"),
@@ -412,6 +477,9 @@ def test_recall_of_tensors_is_that_of_arrays():
     assert not apart.is_contiguous() and not marks.is_contiguous()
     assert recall_at_k(apart, marks, (1, 4)) == got
     assert evaluate(apart, marks, apart, marks, (1, 4), identity=0).recall == got
+    assert evaluate(apart.double() * 7, marks).recall == recall_at_k(apart.double() * 7, marks) == evaluate(apart, marks).recall
+    assert ddtas.evaluate(rows.astype(float), labels, rows.astype(float), labels, (1, 4), identity=0).recall == got
+    assert ddtas.recall_at_k(rows.astype(float), labels, (1, 4)) == got
 
 
 def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():

@@ -126,6 +126,8 @@ def refuse_arguments(name: str, others: dict[str, Any]) -> None:
 def check_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(given).__name__}")
+    if hasattr(given, "full_tensor"):
+        raise TypeError(f"{name} must not be a DTensor: give its full_tensor(), or with group= its to_local()")
     if given.layout != torch.strided or given.is_nested:
         got = "a nested one" if given.is_nested else str(given.layout)
         raise TypeError(f"{name} must be a dense tensor, not {got}")
@@ -134,7 +136,7 @@ def check_tensor(name: str, given: Any) -> None:
 def check_labels(name: str, labels: Tensor) -> None:
     check_tensor(f"the {name}", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"the {name} must be integers, not {str(labels.dtype).removeprefix('torch.')}")
+        raise TypeError(f"the {name} must be integers, not {str(labels.dtype).removeprefix('torch.')}: convert them by long()")
     if labels.dtype == torch.uint64 and labels.device.type != "meta" and not torch.compiler.is_compiling():
         # torch cannot compare uint64; viewed as int64, labels beyond int64 are negative.
         wrapped = labels.view(torch.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
@@ -192,7 +193,9 @@ class ThresholdGenerator:
             # The step's length is fixed, so that lambda changes its direction only.
             along = _dot(direction, gradient) / squared
             direction = {name: d - along * gradient[name] for name, d in direction.items()}
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's first derivative in forward mode compiles its formulas.
+            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
             embed = partial(self._within, work=lambda network: self._embed(network, inputs))
             both = jvp(embed, (weights,), (direction,))
         rows, tangent = cast(Tuple[Tensor, Tensor], both)

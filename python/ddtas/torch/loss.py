@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..functional import warn
@@ -14,7 +16,7 @@ from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
 from .parts import loss_of_ranks
-from .ranks import RaiseOnAllRanks, Ranks, Scale, uncompiled
+from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, ranks_of, uncompiled, world_exists
 
 Check = bool | Literal["wait"]
 _MEAN_POS, _MEAN_NEG, _TOTAL_POS, _TOTAL_NEG, _IGNORED, _NOT_FINITE = map(
@@ -66,9 +68,10 @@ class SoftContrastiveLoss(nn.Module):
         allow_tf32: True lets a GPU multiply float32 rows to TF32's precision, for a third of the work: every entry is
             rounded to 11 bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. Default False.
             The CPU always computes in float32.
-        group: a `torch.distributed.ProcessGroup`; the rows of all its processes form one batch. Each process calls the loss
-            with its own rows, and gets the loss of the whole batch. An error in one process raises in all of them (docs/python.md
-            for GPUs); bad rows raise in the call. Default None. A group of one process is the same as None.
+        group: "world" or a `torch.distributed.ProcessGroup`; the rows of all its processes form one batch. Each process calls the
+            loss with its own rows, and gets the loss of the whole batch. An error in one process raises in all of them
+            (docs/python.md for GPUs); bad rows raise in the call. "world" is all processes, which may be initialised after this
+            constructor, before the first call; without torch.distributed it is this process. Default False: this process.
         uneven: True allows a different number of rows in each process of the group, zero included. Default False.
         gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the
             average over processes by DistributedDataParallel is the gradient of the whole batch. "sum" leaves out the factor.
@@ -106,7 +109,7 @@ class SoftContrastiveLoss(nn.Module):
         threads: int | None = None,
         workspace_budget: int | None = None,
         allow_tf32: bool = False,
-        group: Any = None,
+        group: Any = False,
         uneven: bool = False,
         gradient: Scale = "mean",
         **others: Any,
@@ -121,18 +124,27 @@ class SoftContrastiveLoss(nn.Module):
             gamma=gamma, negative_ratio=negative_ratio, probe_ratio=probe_ratio, tolerance=tolerance, alpha=alpha, beta=beta
         )
         # Its thresholds are those of the beginning.
-        self._settings = Settings(
-            mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
-        )
+        known = [0.0 if math.isnan(number) else number for number in map(_number, (lambda_pos, lambda_neg))]
+        self._settings = Settings(mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, *known)
         # nn.Module registers a Parameter that is assigned.
         self.lambda_pos = lambda_pos
         self.lambda_neg = lambda_neg
         self.normalize_embeddings = normalize_embeddings
         self._check = CHECK_AND_WAIT if check == "wait" else CHECKED if check else UNCHECKED
-        ranks = None if group is None else Ranks(group, uneven, gradient)
-        self.ranks = ranks if ranks and ranks.size > 1 else None
+        check_group(group, gradient)
+        self._ranks: Ranks | None = None
+        self._find_ranks = partial(ranks_of, group, uneven, gradient) if group else None
+        if group != "world":
+            self._join()
+        # As `dist.group.WORLD` is, if it is read too early.
+        self._lacks_group = group is None and not initialized()
         self._warned: set[str] = set()
         self._engine = Engine(threads, workspace_budget, allow_tf32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED:
+            raise AttributeError(f"{name} is an argument of SoftContrastiveLoss and cannot be changed later: make a new loss")
+        super().__setattr__(name, value)
 
     def forward(
         self,
@@ -163,7 +175,20 @@ class SoftContrastiveLoss(nn.Module):
                 if ref_emb.dtype != embeddings.dtype:
                     wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
                     embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
-        return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
+        return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check, queue=False)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes of the group; None if it is this process alone."""
+        if self._find_ranks is not None and world_exists():
+            self._join()
+        return self._ranks
+
+    @uncompiled
+    def _join(self) -> None:
+        """Looks up the processes of the group, which must exist."""
+        if self._find_ranks is not None:
+            self._ranks, self._find_ranks = self._find_ranks(), None
 
     @property
     def checks(self) -> bool:
@@ -199,7 +224,8 @@ class SoftContrastiveLoss(nn.Module):
             if identity is not None:
                 check_labels("identity", identity)
                 identity = identity.to(rows.device, torch.int64)
-        return self._loss(rows, labels, references, reference_labels, identity, False, self._check if check else UNCHECKED)
+        check_rows = self._check if check else UNCHECKED
+        return self._loss(rows, labels, references, reference_labels, identity, False, check_rows, queue=True)
 
     def _loss(
         self,
@@ -210,7 +236,9 @@ class SoftContrastiveLoss(nn.Module):
         identity: Tensor | None,
         normalize: bool,
         check: int,
+        queue: bool,
     ) -> Tensor:
+        """`queue`: the references are those of a memory, which has few rows at first and is the same in all processes."""
         if reference_labels is not None:
             reference_labels = reference_labels.to(rows.device, torch.int64)
         settings, pos, neg = self._settings, self.lambda_pos, self.lambda_neg
@@ -224,7 +252,8 @@ class SoftContrastiveLoss(nn.Module):
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
-        compute = loss_of if self.ranks is None else _loss_of_ranks
+        ranks = self.ranks
+        compute = loss_of if ranks is None else _loss_of_ranks
         loss = compute(
             rows,
             references,
@@ -238,17 +267,20 @@ class SoftContrastiveLoss(nn.Module):
             normalize,
             check,
             self._engine.key,
-            None if self.ranks is None else partial(loss_of_ranks, self.ranks),
+            None if ranks is None else partial(loss_of_ranks, ranks, compare=not queue),
         )
         if not torch.compiler.is_compiling():
             last = self._engine.last
+            if self._lacks_group:
+                self._warn_of_no_group()
             if isinstance(last, list):
                 # Skips `_warn` for most batches, by cheaper conditions.
                 if last[_IGNORED] or last[_NOT_FINITE] or not (last[_MEAN_POS] < NEARLY_ONE or last[_MEAN_NEG] < NEARLY_ONE):
                     self._warn(last)
-                # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
-                if references is None and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
-                    self._warn_of_one_kind(last)
+                if not queue and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
+                    self._warn_of_one_kind(last, rows, references)
+                if not queue and reference_labels is not None:
+                    self._warn_of_ignored_references(reference_labels)
         return loss
 
     @property
@@ -270,6 +302,44 @@ class SoftContrastiveLoss(nn.Module):
         real = {name: found[name] for name in ("gamma_pos", "gamma_neg", "mean_pos", "mean_neg")}
         return counts | real | {"spread": _spread(last)}
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Also saves thresholds that are tensors. They are not buffers, since `to` would replace the tensors that others change."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._tensor_thresholds().items():
+            destination[prefix + name] = value if keep_vars else value.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local: Any, strict: bool, missing: list[str], unexpected: list[str], *rest: Any
+    ) -> None:
+        """Also loads the thresholds, in place where they are tensors; a saved tensor in place of a number becomes the number."""
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, *rest)
+        tensors = self._tensor_thresholds()
+        for name in THRESHOLDS:
+            key = prefix + name
+            if name in self._parameters:
+                continue
+            if key not in state_dict:
+                if strict and name in tensors:
+                    missing.append(key)
+                continue
+            if key in unexpected:
+                unexpected.remove(key)
+            value = _number(state_dict[key])
+            changed: Any = {name: value}
+            dataclasses.replace(self._settings, **changed)  # raises if it is out of range
+            if name not in tensors:
+                setattr(self, name, value)
+            elif tensors[name].is_meta:
+                setattr(self, name, state_dict[key].detach().clone())
+            else:
+                tensors[name].fill_(value)
+
+    def _tensor_thresholds(self) -> dict[str, Tensor]:
+        """The thresholds that are tensors and no parameters."""
+        found = {name: getattr(self, name) for name in THRESHOLDS if name not in self._parameters}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
     def check(self) -> None:
         """Waits for a GPU, and raises ValueError if a row of the last call was bad. On the CPU the call itself has raised."""
         self._engine.read_statistics()
@@ -282,7 +352,8 @@ class SoftContrastiveLoss(nn.Module):
         if not_finite:
             self._warn_once(
                 "not_finite",
-                f"rows that are not finite: {not_finite:.0f}; the memory leaves them out of every pair and queues none",
+                f"rows that are not finite: {not_finite:.0f}; the memory leaves them out of every pair and queues an ignored row "
+                "in the place of each",
             )
         if spread < COLLAPSED:
             self._warn_once(
@@ -291,9 +362,22 @@ class SoftContrastiveLoss(nn.Module):
                 "is mined; lower the learning rate or start from other weights",
             )
 
-    def _warn_of_one_kind(self, last: list[float]) -> None:
+    def _warn_of_one_kind(self, last: list[float], rows: Tensor, references: Tensor | None) -> None:
         # Collapsed rows count as duplicates of each other, which make no pairs; `_warn` warns of the collapse.
-        if not _spread(last) < COLLAPSED:
+        if _spread(last) < COLLAPSED:
+            return
+        sides = [rows] if references is None else [rows, references]
+        bad = 0 if self.checks else sum(int((~side.isfinite().all(1)).sum()) for side in sides)
+        if bad:
+            self._warn_once("not_finite", f"rows that are not finite: {bad}; they are in no pair, and their gradient is NaN")
+        elif references is not None:
+            self._warn_once(
+                "pairs",
+                "all references are of the anchors' class, so the loss is 0"
+                if last[_TOTAL_POS]
+                else "no anchor has a reference of its class, so the loss is 0",
+            )
+        else:
             self._warn_once(
                 "pairs",
                 "all rows of the batch are of one class, so its loss is 0: shuffle, or draw rows of several classes"
@@ -301,6 +385,21 @@ class SoftContrastiveLoss(nn.Module):
                 else "the batch has no two different rows of one class, so its loss is 0: draw several rows of each class "
                 "(pytorch-metric-learning's MPerClassSampler does)",
             )
+
+    def _warn_of_ignored_references(self, labels: Tensor) -> None:
+        if "ignored_references" not in self._warned and labels.is_cpu and bool((labels < 0).any()):
+            number = int((labels < 0).sum())
+            self._warn_once("ignored_references", f"references with a negative label: {number}; they are in no pair")
+
+    def _warn_of_no_group(self) -> None:
+        if initialized():
+            self._lacks_group = False
+            if (size := dist.get_world_size()) > 1:
+                self._warn_once(
+                    "group",
+                    "group is None, as torch.distributed.group.WORLD is before init_process_group, so the loss is that of this "
+                    f'process alone: say group="world" for the rows of all {size} processes, or leave the argument out',
+                )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -311,10 +410,17 @@ class SoftContrastiveLoss(nn.Module):
         """The settings, for `print(model)`."""
         now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
         values = dataclasses.asdict(self._settings) | now | {"normalize_embeddings": self.normalize_embeddings}
+        if self._ranks is not None:
+            values["group"] = f"{self._ranks.size} processes"
+        elif self._find_ranks is not None:
+            values["group"] = "world"
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 _loss_of_ranks = uncompiled(loss_of)
+THRESHOLDS = ("lambda_pos", "lambda_neg")
+_FIXED = {"check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient"}
+"""Arguments that are read by the constructor only."""
 
 COLLAPSED = 1e-4
 """A `spread` below this is a collapse."""
@@ -331,7 +437,8 @@ def _number(value: float | Tensor) -> float:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"lambda_pos and lambda_neg must have one element, not the shape {list(value.shape)}")
-        return float(value.detach())
+        # On the meta device it has no value before a state_dict is loaded.
+        return math.nan if value.is_meta else float(value.detach())
     if not isinstance(value, (SupportsFloat, SupportsIndex)):
         raise TypeError(f"lambda_pos and lambda_neg must be numbers or tensors, not {type(value).__name__}")
     return float(value)

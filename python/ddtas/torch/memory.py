@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
@@ -60,8 +61,8 @@ class CrossBatchMemory(nn.Module):
         dtype: type of the queue, in which rows are compared. Default float32; float16 or bfloat16 halve the memory, float64 is
             for `gradcheck`.
         start_after: number of first calls that return the loss of the batch alone and queue nothing, since embeddings change
-            fast at first, and queued rows would be outdated. Default 0. `start()` ends this at once; a compiled module needs it,
-            since compiled calls are not counted.
+            fast at first, and queued rows would be outdated. Default 0. `start()` ends this at once. A compiled module has a
+            graph break until then.
 
     `fill(embeddings, labels)` queues rows without a loss; `filled` is the number of queued rows. A call that raises leaves the
     queue as it was, and does not count for `start_after`. A row that is not finite is never queued: if nothing is raised for it
@@ -101,7 +102,7 @@ class CrossBatchMemory(nn.Module):
         self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
         self.memory_size = memory_size = _checked_count("memory_size", memory_size, 1)
         self.start_after = _checked_count("start_after", start_after, 0)
-        self.calls = 0
+        self._set_calls(0)
         self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
         # Not persistent: the state_dict holds both in the extra state.
@@ -132,14 +133,14 @@ class CrossBatchMemory(nn.Module):
         """Whether the queue is full."""
         return self.filled == self.memory_size
 
-    @property
-    def started(self) -> bool:
-        """Whether batches are compared with the queue."""
-        return self.calls >= self.start_after
-
     def start(self) -> None:
         """Ends `start_after`: the next batch is compared with the queue."""
-        self.calls = max(self.calls, self.start_after)
+        self._set_calls(max(self.calls, self.start_after))
+
+    def _set_calls(self, calls: int) -> None:
+        self.calls = calls
+        self.started = calls >= self.start_after
+        """Whether batches are compared with the queue. An attribute, so that a compiled graph depends on it, not on the number."""
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -161,21 +162,10 @@ class CrossBatchMemory(nn.Module):
         Raises what the loss does, and ValueError for more rows than the queue holds or for rows of another dimension. The queue
         is then unchanged.
         """
-        ranks = self.loss.ranks
         if not self.started:
-            if enqueue_mask is not None:
-                with RaiseOnAllRanks(ranks):
-                    check_side("anchors", embeddings, labels, "labels")
-                    enqueue_mask = _checked_mask(enqueue_mask, embeddings)
-                embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
-            try:
-                loss: Tensor = self.loss(embeddings, labels, indices_tuple)
-            except FailedAlone:
-                self.calls += 1  # as in the other processes
-                raise
-            if not torch.compiler.is_compiling():
-                self.calls += 1
-            return loss
+            before_start: Tensor = self._before_start(embeddings, labels, indices_tuple, enqueue_mask)
+            return before_start
+        ranks = self.loss.ranks
         with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
@@ -206,6 +196,23 @@ class CrossBatchMemory(nn.Module):
             self.queue_idx.copy_(before[2])
             self._count.copy_(before[3])
             raise
+
+    @partial(uncompiled, reason="calls are counted for start_after outside compiled graphs: call the memory's loss until start()")
+    def _before_start(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: None, enqueue_mask: Tensor | None
+    ) -> Tensor:
+        if enqueue_mask is not None:
+            with RaiseOnAllRanks(self.loss.ranks):
+                check_side("anchors", embeddings, labels, "labels")
+                enqueue_mask = _checked_mask(enqueue_mask, embeddings)
+            embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
+        try:
+            loss: Tensor = self.loss(embeddings, labels, indices_tuple)
+        except FailedAlone:
+            self._set_calls(self.calls + 1)  # as in the other processes
+            raise
+        self._set_calls(self.calls + 1)
+        return loss
 
     def fill(self, embeddings: Tensor, labels: Tensor) -> None:
         """Queues rows without computing a loss. Raises what a call does."""
@@ -252,6 +259,8 @@ class CrossBatchMemory(nn.Module):
         return exchange.gather_rows(rows.detach()), exchange.gather_rows(labels), exchange.own
 
     def _places(self, count: int) -> Tensor:
+        if self.queue_idx.is_cpu and not torch.compiler.is_compiling() and not 0 <= int(self.queue_idx) < self.memory_size:
+            raise RuntimeError("the memory was made on the meta device and never filled or emptied: call reset_queue()")
         if count > self.memory_size:
             raise ValueError(f"{count} rows do not fit a memory of {self.memory_size}")
         return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
@@ -270,8 +279,23 @@ class CrossBatchMemory(nn.Module):
         self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))
         self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> CrossBatchMemory:
+        was_meta = self.queue_idx.is_meta
+        untyped: Any = super()._apply
+        untyped(fn, recurse)
+        if was_meta and not self.queue_idx.is_meta:
+            # `to_empty` gives the buffers any values.
+            self.reset_queue()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Empties the queue: what code that makes modules on the meta device calls."""
+        self.reset_queue()
+
     def get_extra_state(self) -> Tensor:
         """The queue's index, whether it is full, and the number of calls: a tensor, since safetensors saves nothing else."""
+        if self.queue_idx.is_meta:
+            return torch.empty(3, dtype=torch.int64, device="meta")
         return torch.tensor([int(self.queue_idx), int(self.has_been_filled), self.calls])
 
     @torch.no_grad()
@@ -279,10 +303,12 @@ class CrossBatchMemory(nn.Module):
         """Restores what `get_extra_state` returned."""
         state = _extra_state(saved)
         index, full = state["queue_idx"], bool(state["has_been_filled"])
+        if self.queue_idx.is_meta:
+            self.queue_idx, self._count = (self.label_memory.new_zeros(()) for _ in range(2))
         self.queue_idx.fill_(index)
         self._count.fill_(self.memory_size if full else index)
         # Old checkpoints have no `calls`.
-        self.calls = state.get("calls", self.calls)
+        self._set_calls(state.get("calls", self.calls))
         if not full:
             # Old checkpoints hold any values there.
             self._forget(index)

@@ -274,7 +274,9 @@ def _refuse_bad_rows(rows: Tensor) -> Tensor:
     good = which_are_unit(rows)
     if not good.all():
         row = int((~good).nonzero()[0])
-        raise ValueError(f"row {row} of the embeddings is not finite or has no unit length: nothing was queued")
+        wrong = "has no unit length" if rows[row].any() else "is all zeros"
+        wrong = wrong if rows[row].isfinite().all() else "is not finite"
+        raise ValueError(f"row {row} of the embeddings {wrong}: nothing was queued")
     return good
 
 

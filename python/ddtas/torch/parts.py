@@ -32,8 +32,9 @@ def steps_for(rows: Tensor) -> type[Steps]:
     return CpuSteps if rows.device.type == "cpu" else GpuSteps
 
 
-def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
-    """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
+def loss_of_ranks(ranks: Ranks, call: Call, compare: bool) -> Outputs:
+    """The operator's outputs for the batch of all processes, with the gradient of this process's rows only. With `compare`,
+    references that are not the same in all processes are an error."""
     engine, rows = engine_of(call.engine), call.rows
     kind, error, about = steps_for(rows), None, ""
     own, references, numbers, settings = rows, call.references, list(call.numbers), DEFAULTS
@@ -48,6 +49,8 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
         if references is not None:
             references = _ready(engine, call, references, kind, True)
         against = "each other" if references is None else f"{references.shape[0]} references"
+        if compare and references is not None:
+            against += f", references and labels with the checksum {_checksum(references, call.reference_labels):x}"
         of = "any length" if call.normalize else "unit length"
         about = f"rows of {rows.shape[1]} {rows.dtype} of {of} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     except (TypeError, ValueError, RuntimeError) as refused:
@@ -74,6 +77,16 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
     if call.check == CHECK_AND_WAIT:
         engine.read_statistics()
     return statistics[0].float(), gradient, torch.empty(0), statistics
+
+
+def _checksum(rows: Tensor, labels: Tensor | None) -> int:
+    """A number that differs, almost surely, for other rows or labels. Waits for a GPU."""
+    integers = torch.int32 if rows.element_size() == 4 else torch.int16
+    sums = rows.contiguous().view(integers).sum(1, dtype=torch.int64)
+    if labels is not None:
+        sums = sums * 31 + labels
+    places = torch.arange(1, 2 * len(sums), 2, device=sums.device)
+    return int((sums * places).sum()) % 2**64
 
 
 def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> float:

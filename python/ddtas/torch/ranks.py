@@ -6,6 +6,7 @@ Every process takes part in the same all-gathers, even after an error: it report
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Callable, Literal, Sequence, TypeVar
 
 import torch
@@ -20,30 +21,62 @@ _KINDS: list[type[Exception]] = [ValueError, TypeError, RuntimeError]
 
 
 Called = TypeVar("Called", bound=Callable[..., Any])
+COLLECTIVES = "the collectives of a process group run outside compiled graphs"
 
 
-def uncompiled(function: Called) -> Called:
+def uncompiled(function: Called, reason: str = COLLECTIVES) -> Called:
     """The function, excluded from torch.compile: a graph break."""
     disable: Any = getattr(torch.compiler, "disable")
-    excluded: Called = disable(function, reason="the collectives of a process group run outside compiled graphs")
+    excluded: Called = disable(function, reason=reason)
     return excluded
+
+
+NOT_IN_GROUP = "this process is not in the group"
+
+
+def check_group(group: Any, gradient: Scale) -> None:
+    """Checks the arguments of a loss that name its processes."""
+    named = group is None or group is False or group == "world"
+    if not named and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(NOT_IN_GROUP)
+    if not named and not isinstance(group, dist.ProcessGroup):
+        got = repr(group) if isinstance(group, (str, bool)) else type(group).__name__
+        raise TypeError(
+            f'group must be "world", which is all processes, or a torch.distributed.ProcessGroup, not {got}: '
+            "get_group() of a DeviceMesh is its own"
+        )
+    if gradient not in ("mean", "sum"):
+        raise ValueError(f'gradient must be "mean" or "sum", not {gradient!r}')
+
+
+def initialized() -> bool:
+    """Whether torch.distributed is initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_exists() -> bool:
+    """The same; raises RuntimeError if it is not, in a process that was started as one of several."""
+    if initialized():
+        return True
+    if not torch.compiler.is_compiling() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RuntimeError('group="world" of one of several processes: call torch.distributed.init_process_group before the loss')
+    return False
+
+
+def ranks_of(group: Any, uneven: bool, gradient: Scale) -> Ranks | None:
+    """The processes of `group`; None if it is this process alone."""
+    ranks = Ranks(dist.group.WORLD if group == "world" else group, uneven, gradient)
+    return ranks if ranks.size > 1 else None
 
 
 class Ranks:
     """A process group, with the settings `uneven` and `gradient` of the loss."""
 
     def __init__(self, group: Any, uneven: bool, gradient: Scale) -> None:
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                f"group must be a torch.distributed.ProcessGroup, not {type(group).__name__}: "
-                "torch.distributed.group.WORLD after init_process_group is all processes, get_group() of a DeviceMesh its own"
-            )
-        if gradient not in ("mean", "sum"):
-            raise ValueError(f'gradient must be "mean" or "sum", not {gradient!r}')
         self.group, self.uneven, self.gradient = group, uneven, gradient
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
-            raise ValueError("this process is not in the group")
+            raise ValueError(NOT_IN_GROUP)
         # The backend config is "cuda:nccl", or "cpu:gloo,cuda:nccl".
         self.devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
         self.gathered_bytes = 0
@@ -84,7 +117,8 @@ class Ranks:
         counts = [count for count, _ in numbers]
         for rank, described in enumerate(texts):
             if described != texts[0]:
-                raise ValueError(f"rank {rank} has {described}, and rank 0 {texts[0]}: they must be the same")
+                other, first = _differing(described, texts[0])
+                raise ValueError(f"rank {rank} has {other}, and rank 0 {first}: they must be the same")
             if counts[rank] != counts[0] and not self.uneven:
                 raise ValueError(
                     f"rank {rank} has {counts[rank]} rows, and rank 0 {counts[0]}: say uneven=True, or leave out the last batch"
@@ -101,6 +135,14 @@ class Ranks:
         dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group)
         self.gathered_bytes += gathered.numel()
         return gathered
+
+
+def _differing(one: str, other: str) -> tuple[str, str]:
+    """Those parts of two descriptions, separated by commas, that differ; both whole if they have not the same parts."""
+    if one.count(", ") != other.count(", "):
+        return one, other
+    pairs = [pair for pair in zip(one.split(", "), other.split(", ")) if pair[0] != pair[1]]
+    return ", ".join(pair[0] for pair in pairs), ", ".join(pair[1] for pair in pairs)
 
 
 class FailedAlone(RuntimeError):

@@ -14,11 +14,13 @@ from .operator import which_are_unit
 
 
 def _unit(name: str, rows: Tensor) -> Tensor:
-    """The rows at unit length; the rows themselves if all norms are 1 to the precision of their type."""
+    """The rows at unit length, in float32 if they are float64; others themselves if all norms are 1 to the precision of their type."""
     check_tensor(f"the {name}", rows)
     rows = rows.detach()
     if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
         return rows
+    if rows.dtype == torch.float64:
+        return normalize_rows(rows)[0].float()
     if bool(which_are_unit(rows, max(torch.finfo(rows.dtype).eps, 1e-6)).all()):
         return rows
     return normalize_rows(rows)[0].to(rows.dtype)
