@@ -1,10 +1,13 @@
 //! Thread pools with an owner, and the pool that a call uses if it is given none.
 
+use std::error::Error as _;
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use rayon::{Scope, ThreadPool, ThreadPoolBuilder};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::process::PerProcess;
 use crate::{Error, Result};
@@ -109,9 +112,32 @@ pub fn set_default_count(count: usize) {
     DEFAULT_COUNT.store(count.min(MOST_THREADS), Ordering::Relaxed);
 }
 
-/// Id of the process that first used rayon's global pool; 0 if none has.
+/// Id of the process whose threads rayon's global pool has; 0 if this is not known yet.
 static POOL_PROCESS: AtomicU32 = AtomicU32::new(0);
+/// A [`POOL_PROCESS`] that is no process: the pool is the program's own, which it created before it forked, or it has no threads.
+const AN_ANCESTOR: u32 = u32::MAX;
 static FORKED_POOL: PerProcess<Threads> = PerProcess::empty();
+
+fn forked_pool() -> Fallback {
+    let made = FORKED_POOL.get_or_make(|| Threads::new(DEFAULT_COUNT.load(Ordering::Relaxed)));
+    made.map_or(Fallback::CallerOnly, Fallback::ForkedPool)
+}
+
+/// Whether the global pool, which the program created, has threads: it has none in a child that was forked after that.
+fn global_pool_answers() -> bool {
+    /// An idle pool takes some 50 us. One that is busy for longer gets the same treatment as one without threads.
+    const LONGEST: Duration = Duration::from_secs(1);
+    let (answered, begin) = (Arc::new(AtomicBool::new(false)), Instant::now());
+    let answer = answered.clone();
+    rayon::spawn(move || answer.store(true, Ordering::Release));
+    while !answered.load(Ordering::Acquire) {
+        if begin.elapsed() > LONGEST {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
+}
 
 fn find() -> Fallback {
     if rayon::current_thread_index().is_some() {
@@ -120,17 +146,18 @@ fn find() -> Fallback {
     // Set before the pool is built: a child forked during that would inherit half a pool.
     let here = std::process::id();
     match POOL_PROCESS.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
-        Err(process) if process != here => {
-            let made = FORKED_POOL.get_or_make(|| Threads::new(DEFAULT_COUNT.load(Ordering::Relaxed)));
-            made.map_or(Fallback::CallerOnly, Fallback::ForkedPool)
-        }
+        Err(process) if process != here => forked_pool(),
         Ok(_) => {
             let count = DEFAULT_COUNT.load(Ordering::Relaxed);
-            if count > 0 {
-                // An error says that there is a global pool already.
-                let _ = ThreadPoolBuilder::new().num_threads(count).build_global();
+            match ThreadPoolBuilder::new().num_threads(count).build_global() {
+                Ok(()) => Fallback::Ambient,
+                // Without a source it says that there is a global pool already.
+                Err(error) if error.source().is_none() && global_pool_answers() => Fallback::Ambient,
+                Err(_) => {
+                    POOL_PROCESS.store(AN_ANCESTOR, Ordering::Release);
+                    forked_pool()
+                }
             }
-            Fallback::Ambient
         }
         Err(_) => Fallback::Ambient,
     }
@@ -146,12 +173,24 @@ pub fn available() -> usize {
     }
 }
 
-/// Runs `work` in a `rayon::in_place_scope` on the threads of [`available`]; `None`: only the caller is left.
-pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -> R {
+/// Has `work` run on one of the threads of [`available`] when it is free. Never, if only the caller is left, or if the pool has been
+/// too busy to begin what this thread gave it before.
+pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) {
+    const MOST_WAITING: usize = 256;
+    thread_local! { static WAITING: Arc<AtomicUsize> = Arc::default(); }
+    let waiting = WAITING.with(Arc::clone);
+    if waiting.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
+        waiting.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    let work = move || {
+        waiting.fetch_sub(1, Ordering::Relaxed);
+        work();
+    };
     match find() {
-        Fallback::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
-        Fallback::ForkedPool(threads) => threads.pool.in_place_scope(|scope| work(Some(scope))),
-        Fallback::CallerOnly => work(None),
+        Fallback::Ambient => rayon::spawn(work),
+        Fallback::ForkedPool(threads) => threads.pool.spawn(work),
+        Fallback::CallerOnly => {}
     }
 }
 

@@ -4,9 +4,14 @@
 //! [`Team`] enters the pool once a call, and its threads wait awake for the next pass. Compared with a
 //! `rayon::scope` per pass this takes 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of the
 //! median) and the same time from 1,280 rows on: benches/records/2026-11-27-cpu-threads.
+//!
+//! The caller waits for threads that are in its work, never for the pool: it runs none of the pool's other
+//! tasks meanwhile, which might need a lock that it holds, and a pool that is busy leaves it alone.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::threads;
 
@@ -39,17 +44,14 @@ impl Workers<'_> {
         if self.threads <= 1 || self.team.is_some() {
             return body(Workers { threads: self.threads, team: self.team });
         }
-        let team = Team::default();
-        threads::scope(|scope| {
-            let Some(scope) = scope else { return body(Workers { threads: 1, team: None }) };
-            for worker in 1..self.threads {
-                let team = &team;
-                scope.spawn(move |_| team.help(worker));
-            }
-            // Ends the team whether `body` returns or panics; otherwise the scope would never end.
-            let _end = AtEnd(|| team.over.store(true, Ordering::Release));
-            body(Workers { threads: self.threads, team: Some(&team) })
-        })
+        let team = Arc::new(Team::default());
+        for worker in 1..self.threads {
+            let team = team.clone();
+            threads::spawn(move || team.help(worker));
+        }
+        // Ends the team whether `body` returns or panics: a thread that comes later leaves at once.
+        let _end = AtEnd(|| team.over.store(true, Ordering::Release));
+        body(Workers { threads: self.threads, team: Some(&team) })
     }
 
     /// Runs tasks `0..count`. Which thread runs a task is left to chance, so a
@@ -113,6 +115,8 @@ struct Team {
     job: Mutex<Option<Job>>,
     busy: AtomicUsize,
     over: AtomicBool,
+    /// A panic of the current job in one of the team's threads, for the caller.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl std::fmt::Debug for Team {
@@ -124,16 +128,20 @@ impl std::fmt::Debug for Team {
 impl Team {
     /// Runs a job on the caller's thread and on those of the team that are free, until all have left it.
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears
+        // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `withdraw` clears
         // that and then waits until no thread that took it is busy, before this function returns or unwinds.
         let forever = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
-        let _withdraw = AtEnd(|| {
+        let withdraw = AtEnd(|| {
             *lock(&self.job) = None;
             wait_until(|| self.busy.load(Ordering::Acquire) == 0);
         });
         *lock(&self.job) = Some(forever);
         self.announced.fetch_add(1, Ordering::Release);
         job(0);
+        drop(withdraw);
+        if let Some(panic) = lock(&self.panic).take() {
+            resume_unwind(panic);
+        }
     }
 
     /// Takes part in jobs until the work is over.
@@ -152,10 +160,11 @@ impl Team {
                 *job
             };
             if let Some(job) = job {
-                let _done = AtEnd(|| {
-                    self.busy.fetch_sub(1, Ordering::Release);
-                });
-                job(worker);
+                // In a task of its own a panic would end the process.
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(worker))) {
+                    *lock(&self.panic) = Some(panic);
+                }
+                self.busy.fetch_sub(1, Ordering::Release);
             }
         }
     }
