@@ -238,6 +238,36 @@ def references_are_the_same_everywhere(world):
         loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels)
 
 
+def own_references_are_gathered_and_get_their_gradient(world):
+    for counts, other_counts, dtype in (
+        (world.even(), world.even(11), torch.float32), (world.uneven(), world.uneven()[::-1], torch.bfloat16),
+        (world.even(), world.even(0), torch.float32),
+    ):  # fmt: skip
+        (rows, labels), (others, other_labels) = batch(sum(counts), dtype=dtype), batch(sum(other_counts), seed=1, dtype=dtype)
+        own, own_others = world.own(counts), world.own(other_counts)
+        found = []
+        for group in (False, world.group):
+            loss = SoftContrastiveLoss(group=group, uneven=True, gradient="sum", gather_references=True)
+            given = [rows, labels, others, other_labels]
+            if group:
+                given = [rows[own], labels[own], others[own_others], other_labels[own_others]]
+            given[0], given[2] = (side.clone().requires_grad_() for side in given[::2])
+            value = loss(given[0], given[1], ref_emb=given[2], ref_labels=given[3])
+            value.backward()
+            found.append((value.detach(), given[0].grad, given[2].grad))
+        (want, of_rows, of_others), (got, *of_own) = found
+        assert torch.equal(got, want) and bool(want > 0) == (len(others) > 0) and world.same(got)
+        assert torch.equal(of_own[0], of_rows[own]) and torch.equal(of_own[1], of_others[own_others])
+        constant = loss(given[0], given[1], ref_emb=given[2].detach(), ref_labels=given[3])
+        assert constant == want
+    if world.size > 1:
+        with raises(ValueError, f"rank {world.size - 1} has 7 rows, and rank 0 8"):
+            last = world.rank == world.size - 1
+            rows, labels = batch(8)
+            strict = SoftContrastiveLoss(group=world.group, gather_references=True)
+            strict(rows, labels, ref_emb=rows[: 8 - last] + 1, ref_labels=labels[: 8 - last])
+
+
 def memories_are_alike(world):
     for dtype, masked in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         one = CrossBatchMemory(SoftContrastiveLoss(), DIM, 70, dtype=dtype, start_after=1)
@@ -512,6 +542,7 @@ CASES = [
     an_error_between_the_steps_is_everybody_s,
     a_threshold_out_of_range_in_one_process_is_everybody_s_error,
     references_are_the_same_everywhere,
+    own_references_are_gathered_and_get_their_gradient,
     memories_are_alike,
     gpus_have_the_answers_of_the_processor,
     memories_on_gpus_are_the_processor_s,

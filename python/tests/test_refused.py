@@ -141,7 +141,7 @@ def test_a_group_asks_the_same_before_it_meets():
     for given in ((ROWS, LABELS[:3]), (ROWS[:, 0], LABELS), (ROWS, LABELS.int())):
         whole = operator.Call(*given, *[None] * 5, "at-asms", NUMBERS, True, False, 1, 0)
         with pytest.raises((TypeError, ValueError), match="the (labels|anchors) must"):
-            parts.loss_of_ranks(OnlyRank(), whole, compare=False)
+            parts.loss_of_ranks(OnlyRank(), whole, kind_of_references="compared")
 
 
 def moved(tensor):

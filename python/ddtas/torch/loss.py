@@ -15,7 +15,7 @@ from ..functional import warn
 from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
-from .parts import loss_of_ranks
+from .parts import References, loss_of_ranks
 from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, ranks_of, uncompiled, world_exists
 
 Check = bool | Literal["wait"]
@@ -75,6 +75,9 @@ class SoftContrastiveLoss(nn.Module):
         uneven: True allows a different number of rows in each process of the group, zero included. Default False.
         gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the
             average over processes by DistributedDataParallel is the gradient of the whole batch. "sum" leaves out the factor.
+        gather_references: True gathers `ref_emb` over the group, as the rows are, and gives each process the gradient of its own:
+            for two networks that both learn. Every process computes the whole loss then. Default False: `ref_emb` is the same in
+            all processes, and constant.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 
@@ -112,6 +115,7 @@ class SoftContrastiveLoss(nn.Module):
         group: Any = False,
         uneven: bool = False,
         gradient: Scale = "mean",
+        gather_references: bool = False,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -136,6 +140,7 @@ class SoftContrastiveLoss(nn.Module):
         self._find_ranks = partial(ranks_of, group, uneven, gradient) if group else None
         if group != "world":
             self._join()
+        self._references: References = "gathered" if gather_references else "compared"
         # As `dist.group.WORLD` is, if it is read too early.
         self._lacks_group = group is None and not initialized()
         self._warned: set[str] = set()
@@ -252,7 +257,7 @@ class SoftContrastiveLoss(nn.Module):
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
-        ranks = self.ranks
+        ranks, of_references = self.ranks, "trusted" if queue else self._references
         compute = loss_of if ranks is None else _loss_of_ranks
         loss = compute(
             rows,
@@ -267,7 +272,7 @@ class SoftContrastiveLoss(nn.Module):
             normalize,
             check,
             self._engine.key,
-            None if ranks is None else partial(loss_of_ranks, ranks, compare=not queue),
+            None if ranks is None else partial(loss_of_ranks, ranks, kind_of_references=of_references),
         )
         if not torch.compiler.is_compiling():
             last = self._engine.last
@@ -419,7 +424,7 @@ class SoftContrastiveLoss(nn.Module):
 
 _loss_of_ranks = uncompiled(loss_of)
 THRESHOLDS = ("lambda_pos", "lambda_neg")
-_FIXED = {"check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient"}
+_FIXED = {"check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient", "gather_references"}
 """Arguments that are read by the constructor only."""
 
 COLLAPSED = 1e-4

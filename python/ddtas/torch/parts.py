@@ -6,7 +6,7 @@ own rows only, and no gradient is sent. On GPUs, a batch that is too small for t
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from .operator import check_call, loss_without_pairs, which_are_unit, with_lambd
 from .ranks import BatchExchange, Ranks
 from .steps import CpuSteps, GpuSteps, PartOfBatch, Steps
 
+_NO_REFERENCE_GRADIENT = (
+    "references must not require a gradient with a process group: they are constants, the same everywhere; "
+    "say gather_references=True if each process has its own"
+)
+
 STEPS_FROM = 2**36
 """Multiply-adds that the steps must spare a process on a GPU, so that they pay for their all-gathers: 0.3 ms of an H200. An
 estimate: no group of GPUs has been measured."""
@@ -32,9 +37,12 @@ def steps_for(rows: Tensor) -> type[Steps]:
     return CpuSteps if rows.device.type == "cpu" else GpuSteps
 
 
-def loss_of_ranks(ranks: Ranks, call: Call, compare: bool) -> Outputs:
-    """The operator's outputs for the batch of all processes, with the gradient of this process's rows only. With `compare`,
-    references that are not the same in all processes are an error."""
+References = Literal["gathered", "compared", "trusted"]
+"""Of a batch of several processes: each has its own, which are gathered; all have the same, and others are an error; the same."""
+
+
+def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> Outputs:
+    """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
     engine, rows = engine_of(call.engine), call.rows
     kind, error, about = steps_for(rows), None, ""
     own, references, numbers, settings = rows, call.references, list(call.numbers), DEFAULTS
@@ -46,16 +54,21 @@ def loss_of_ranks(ranks: Ranks, call: Call, compare: bool) -> Outputs:
         if kind is GpuSteps:
             engine.on_gpu(rows)
         own = _ready(engine, call, rows, kind, False)
+        against = "each other"
         if references is not None:
+            if references.requires_grad and kind_of_references != "gathered":
+                raise ValueError(_NO_REFERENCE_GRADIENT)
             references = _ready(engine, call, references, kind, True)
-        against = "each other" if references is None else f"{references.shape[0]} references"
-        if compare and references is not None:
-            against += f", references and labels with the checksum {_checksum(references, call.reference_labels):x}"
+            against = "own references" if kind_of_references == "gathered" else f"{references.shape[0]} references"
+            if kind_of_references == "compared":
+                against += f", references and labels with the checksum {_checksum(references, call.reference_labels):x}"
         of = "any length" if call.normalize else "unit length"
         about = f"rows of {rows.shape[1]} {rows.dtype} of {of} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
     exchange = ranks.handshake(rows, about, error)
+    if call.references is not None and kind_of_references == "gathered":
+        return loss_of_gathered_rows(ranks, exchange, call, ranks.handshake(call.references, "references"))
     if exchange.total == 0 or (references is not None and references.shape[0] == 0):
         return loss_without_pairs(engine, call, numbers)
     if kind is GpuSteps and _spared(exchange, rows, references) < STEPS_FROM:
@@ -103,8 +116,6 @@ def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps], of_refe
     if given.dtype not in TYPES or given.dtype == torch.float64:
         got = str(given.dtype).removeprefix("torch.")
         raise TypeError(f"with a process group the anchors must be float32, float16 or bfloat16, not {got}")
-    if of_references and given.requires_grad:
-        raise ValueError("references must not require a gradient with a process group: they are constants, the same everywhere")
     rows = laid_out(given.detach())
     if rows.numel() == 0 or (of_references and not kind.takes_unit_rows):
         return rows
@@ -122,17 +133,28 @@ def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps], of_refe
     return unit if kind.takes_unit_rows else rows
 
 
-def loss_of_gathered_rows(ranks: Ranks, exchange: BatchExchange, call: Call) -> Outputs:
-    """The loss of all rows, computed in every process. Each has checked its own rows already, the kernels check the references."""
+def loss_of_gathered_rows(
+    ranks: Ranks, exchange: BatchExchange, call: Call, of_references: BatchExchange | None = None
+) -> Outputs:
+    """The loss of all rows, computed in every process, and of all processes' references with `of_references`. Each has checked its
+    own rows already, the kernels check the references."""
     rows, labels = exchange.gather_rows(call.rows.detach()), exchange.gather_rows(call.labels)
     identity = None if call.identity is None else exchange.gather_rows(call.identity)
     whole = call._replace(rows=rows, labels=labels, identity=identity, reference_gradient=False)
-    loss, gradient, empty, statistics = whole_loss(*whole)
+    if of_references is not None and call.references is not None and call.reference_labels is not None:
+        references = of_references.gather_rows(call.references.detach())
+        reference_labels = of_references.gather_rows(call.reference_labels)
+        whole = whole._replace(
+            references=references, reference_labels=reference_labels, reference_gradient=call.reference_gradient
+        )
+    loss, gradient, reference_grad, statistics = whole_loss(*whole)
+    if of_references is not None and call.reference_gradient:
+        reference_grad = reference_grad[of_references.own] * ranks.scale
     if ranks.gradient == "sum":
         # A copy, since `Engine.read_statistics` reads the original later.
         statistics = statistics.clone()
         statistics[DLOSS_DLAMBDA] /= ranks.size
-    return loss, gradient[exchange.own] * ranks.scale, empty, statistics
+    return loss, gradient[exchange.own] * ranks.scale, reference_grad, statistics
 
 
 def _part_of(call: Call, settings: Settings, exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> PartOfBatch:

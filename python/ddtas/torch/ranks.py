@@ -179,7 +179,7 @@ class BatchExchange:
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, concatenated in the order of ranks."""
-        return self._concatenated(self.ranks._all_gather(self._padded(tensor)), tensor)
+        return self._concatenated(self.ranks._all_gather(self._padded(tensor)), tensor) if self.total else tensor
 
     def gather_step(self, work: Callable[[], tuple[Sequence[Tensor], Tensor]], rows: int, sums: int) -> Any:
         """Runs a step, and gathers its results: `rows` tensors of 4 bytes for each row, and `sums` numbers of 8 bytes.
