@@ -158,7 +158,11 @@ pub fn resume(
         // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
-            return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
+            return Ok(Outcome::FinishedBefore {
+                folder: folder.path().to_path_buf(),
+                command: ranks.to_resume(folder.path()),
+                step: state.step,
+            });
         }
         let (device, backend) = open_device(&settings, &**ranks)?;
         let mut engine = make_engine(&settings, (&device, backend), last.as_ref(), ranks)?;
@@ -175,11 +179,12 @@ pub fn resume(
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
+        let warning = state.warning_of_ranks(&settings, ranks.size());
         let done = state.step;
         if resumed {
             run.go_on(state)?;
         }
-        run.train(&device, Some(done), begun, Vec::new())
+        run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
     })
 }
 
