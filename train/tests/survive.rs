@@ -328,6 +328,30 @@ fn a_class_with_one_picture_trains_and_is_told() {
 }
 
 #[test]
+fn a_class_without_readable_pictures_stops_the_run_until_its_files_are_pictures() {
+    let place = Place::new();
+    let run = place.run("run");
+    for picture in 0..6 {
+        fs::write(place.data.join(format!("class02/{picture}.png")), b"not a picture").unwrap();
+    }
+    let output = finish(&arguments(&place.data, &run, &["--steps", "12"]));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let line = said.lines().last().unwrap();
+    assert!(line.contains("class class02 of the training split has no readable picture (6 tried)"), "{said}");
+    assert!(
+        line.contains("; put pictures in place of its files (")
+            && line.contains("begin a new one); fix this"),
+        "{said}"
+    );
+    let without = place.folder.path().join("class02");
+    fs::rename(place.data.join("class02"), &without).unwrap();
+    assert_refused(&mut program(&resume(&run)), "the training split has changed");
+    fs::rename(&without, place.data.join("class02")).unwrap();
+    folder_of_pictures(&place.data, 8, 6);
+    assert_finished(&finish(&resume(&run)));
+}
+
+#[test]
 fn a_run_that_diverges_names_the_weights_that_are_good() {
     let place = Place::new();
     let run = place.run("run");
