@@ -321,7 +321,7 @@ fn a_class_with_one_picture_trains_and_is_told() {
     let output = finish(&arguments(&place.data, &run, &[]));
     assert_finished(&output);
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("2 classes with one picture only"), "{said}");
+    assert!(said.contains("2 training classes with one picture only, whose positives are"), "{said}");
     let (steps, evaluations) = records(&run);
     assert_eq!(steps.len(), STEPS);
     assert!(evaluations.iter().all(|evaluation| evaluation.recall.iter().all(|(_, recall)| *recall <= 1.0)));
