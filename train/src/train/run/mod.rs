@@ -101,7 +101,7 @@ pub fn train(
         let (device, backend) = open_device(settings, &**ranks)?;
         let engine = make_engine(settings, (&device, backend), None, ranks)?;
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
-        let (settings, note) = &settings.fitted(dataset.train.by_class().len());
+        let (settings, note) = &settings.fitted(&dataset.train);
         let setup = Setup::new(settings, &dataset, engine, (&device, &**ranks))?;
         let memory = settings.warning_of_memory();
         let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
@@ -175,7 +175,7 @@ pub fn resume(
         if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
             folder.write_config(&settings)?;
         }
-        let (settings, _) = settings.fitted(dataset.train.by_class().len());
+        let (settings, _) = settings.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);

@@ -273,7 +273,7 @@ impl<'a> Run<'a> {
     /// Whether `done` is a multiple of `--evaluate-every` epochs, or 0. Not shortly before the end of a cosine schedule;
     /// other schedules do not depend on the number of steps, and a longer run would evaluate there, too.
     fn evaluates_between(&self, done: usize) -> bool {
-        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
+        let every = self.settings.evaluate_every.unwrap_or(0) * self.sampler.steps_per_epoch();
         let ends = self.settings.optimizer.schedule == ScheduleKind::Cosine;
         let enough = ends && 4 * (self.settings.steps - done) < every;
         done == 0 || every > 0 && done.is_multiple_of(every) && !enough
