@@ -321,7 +321,8 @@ fn a_class_with_one_picture_trains_and_is_told() {
     let output = finish(&arguments(&place.data, &run, &[]));
     assert_finished(&output);
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("2 training classes with one picture only, whose positives are"), "{said}");
+    assert!(said.contains("1 training class with one picture only, whose positives are the same"), "{said}");
+    assert!(said.contains("1 test class with one picture only, without positives: class05"), "{said}");
     let (steps, evaluations) = records(&run);
     assert_eq!(steps.len(), STEPS);
     assert!(evaluations.iter().all(|evaluation| evaluation.recall.iter().all(|(_, recall)| *recall <= 1.0)));
