@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares the named backbones with PyTorch's: features and the gradients of all weights, which torch draws. Also reads files that torch
-# writes, and lets torch read a checkpoint.
+# writes, and lets torch read a checkpoint and embed with it.
 # Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/. The sides of pictures may be given, for all networks:
 # .ci/backbones.sh 97,224 (some four minutes). By default all use 96 pixels, the two fastest also 97, where padding is uneven, and one 224.
 set -euo pipefail
@@ -16,8 +16,9 @@ if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch,
 fi
 echo "installed (${SECONDS}s)"
 # In the workspace, where Burn is already compiled.
-cargo build --release --quiet --example gradients
+cargo build --release --quiet --example gradients --bin ddtas-train
 compare() { "$python" train/tests/backbones.py target/release/examples/gradients "$@"; }
+compare --embed target/release/ddtas-train
 compare --size "${1:-96}"
 if [[ $# == 0 ]]; then
     compare --size 97 --backbone efficientnet-lite0,resnet18

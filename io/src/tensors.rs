@@ -113,9 +113,8 @@ impl<'a> TensorFile<'a> {
         if *tensor.shape != [count] && !(tensor.shape.is_empty() && count == 1) {
             return Err(self.bad(format!("tensor `{name}` must have one entry for each of the {count} rows")));
         }
-        integers_of(tensor.dtype, self.bytes(tensor)).ok_or_else(|| {
-            self.bad(format!("tensor `{name}` holds {:?}, not integers of 64 bits at most", tensor.dtype))
-        })
+        integers_of(tensor.dtype, self.bytes(tensor))
+            .map_err(|reason| self.bad(format!("tensor `{name}` {reason}")))
     }
 
     /// A matrix and the labels of its rows.
@@ -160,10 +159,14 @@ pub fn floats_of<T: Float>(dtype: Dtype, bytes: &[u8]) -> Option<Vec<T>> {
     })
 }
 
-/// Little-endian values of a type of integers; `None` for another type, or if a value exceeds i64.
-#[must_use]
-pub fn integers_of(dtype: Dtype, bytes: &[u8]) -> Option<Vec<i64>> {
-    Some(match dtype {
+/// Little-endian values of a type of integers.
+///
+/// # Errors
+/// A message for another type, or for a value that exceeds i64.
+pub fn integers_of(dtype: Dtype, bytes: &[u8]) -> Result<Vec<i64>, String> {
+    let fits =
+        |value: u64| i64::try_from(value).map_err(|_| format!("holds {value}: at most {} is read", i64::MAX));
+    Ok(match dtype {
         Dtype::I8 => words(bytes).map(|word| i8::from_le_bytes(word).into()).collect(),
         Dtype::U8 => words(bytes).map(|word| u8::from_le_bytes(word).into()).collect(),
         Dtype::I16 => words(bytes).map(|word| i16::from_le_bytes(word).into()).collect(),
@@ -171,10 +174,8 @@ pub fn integers_of(dtype: Dtype, bytes: &[u8]) -> Option<Vec<i64>> {
         Dtype::I32 => words(bytes).map(|word| i32::from_le_bytes(word).into()).collect(),
         Dtype::U32 => words(bytes).map(|word| u32::from_le_bytes(word).into()).collect(),
         Dtype::I64 => words(bytes).map(i64::from_le_bytes).collect(),
-        Dtype::U64 => {
-            words(bytes).map(|word| i64::try_from(u64::from_le_bytes(word)).ok()).collect::<Option<_>>()?
-        }
-        _ => return None,
+        Dtype::U64 => words(bytes).map(|word| fits(u64::from_le_bytes(word))).collect::<Result<_, _>>()?,
+        _ => return Err(format!("holds {dtype:?}: give integers")),
     })
 }
 

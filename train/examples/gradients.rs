@@ -45,7 +45,8 @@ fn main() -> Result<()> {
         pooling: kind.pooling(),
         width: 0,
         depth: 0,
-        embedding_dim: 8,
+        // As many as resnet18 has features: its head is square, and only its values show in which layout it is stored.
+        embedding_dim: 512,
         head: ddtas_train::model::HeadKind::Linear,
     };
     let mut network = EmbeddingNetwork::new(&shape, &device);

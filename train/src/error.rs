@@ -23,12 +23,12 @@ pub enum Error {
         reason: String,
     },
     /// A run was interrupted by something that can be fixed, and can then be resumed.
-    #[error("{cause}; fix this, then run: ddtas-train --resume {folder}", folder = folder.display())]
+    #[error("{cause}; fix this, then run: {command}")]
     Interrupted {
         /// What went wrong.
         cause: Box<Error>,
-        /// The run folder.
-        folder: PathBuf,
+        /// The command that resumes the run.
+        command: String,
     },
     /// Another rank of the run has failed, and this one ends, too.
     #[error("rank {rank}: {reason}")]

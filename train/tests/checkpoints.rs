@@ -82,3 +82,35 @@ fn moments_that_do_not_fit_their_weights_are_refused() {
     });
     refused("is not 2, the dimensions of its weight");
 }
+
+#[test]
+fn the_head_is_stored_as_torch_does_and_older_files_are_read_as_they_were_written() {
+    let place = tempfile::tempdir().unwrap();
+    // The network has 32 features: with as many dimensions the shape does not show the layout.
+    for dim in [16, 32] {
+        let run = |name: &str| place.path().join(format!("{name}-{dim}"));
+        let (new, old) = (run("new"), run("old"));
+        let (dimensions, mean) = (["--embedding-dim", &dim.to_string()], ["--ema", "0.5"]);
+        small_run(&new, 2).args(dimensions).args(mean).assert().success();
+        std::fs::create_dir(&old).unwrap();
+        for file in ["config.toml", "metrics.jsonl"] {
+            std::fs::copy(new.join(file), old.join(file)).unwrap();
+        }
+        change(&new.join("last.safetensors"), &old.join("last.safetensors"), |facts, tensors| {
+            facts.remove("ddtas.head.weight").unwrap();
+            for name in ["head.weight", "ema.head.weight"] {
+                let (_, _, shape, bytes) = find(tensors, |tensor| tensor.0 == name);
+                assert_eq!(*shape, [dim, 32]);
+                let values = bytes.chunks_exact(4).map(<[u8]>::to_vec).collect::<Vec<_>>();
+                *bytes = (0..32 * dim).flat_map(|at| values[at % dim * 32 + at / dim].clone()).collect();
+                shape.reverse();
+            }
+        });
+        let last = |run: &Path| {
+            let mut command = Command::cargo_bin("ddtas-train").unwrap();
+            command.args(["--steps", "4", "--resume"]).arg(run).assert().success();
+            std::fs::read(run.join("last.safetensors")).unwrap()
+        };
+        assert!(last(&old) == last(&new), "{dim} dimensions");
+    }
+}

@@ -93,14 +93,53 @@ fn unusable_folders_are_explained() {
 
     fs::create_dir(root.path().join("hollow")).unwrap();
     fs::write(root.path().join("hollow/notes.txt"), "no picture").unwrap();
-    assert!(message(root.path(), &settings).contains("none of its 1 folders holds a picture"));
+    assert!(message(root.path(), &settings).contains("there is no picture in its 1 folder;"));
 
     write_picture(&root.path().join("loose.png"), 0, 0);
-    assert!(message(root.path(), &settings).contains("1 pictures lie beside each other"));
+    assert!(message(root.path(), &settings).contains("it has 1 picture without a folder per class"));
     assert!(message(&root.path().join("loose.png"), &settings).contains("is not a folder"));
 
     write_classes(root.path(), &[2, 2, 2]);
     assert!(message(root.path(), &settings).contains("holds 3 classes with pictures: at least 4"));
+}
+
+#[test]
+fn other_layouts_are_explained() {
+    let place = tempfile::tempdir().unwrap();
+    let said = |name: &str, folders: &[&str]| {
+        let root = place.path().join(name);
+        for folder in folders {
+            fs::create_dir_all(root.join(folder)).unwrap();
+            write_picture(&root.join(folder).join("0.png"), 0, 0);
+        }
+        message(&root, &FolderSettings::default()).replace(place.path().to_str().unwrap(), "")
+    };
+    let years = said("years", &["a/2024", "b/2024", "c/2025"]);
+    assert!(
+        years.contains(
+            "its pictures lie in folders within folders, the first is /years/a/2024/0.png; give a folder"
+        ),
+        "{years}"
+    );
+    let alone = said("alone", &["train/a", "train/b", "val/c"]);
+    assert!(
+        alone.contains("it holds train, but not test, nor query and gallery (beside train: val)"),
+        "{alone}"
+    );
+    let capitals = said("capitals", &["Train/a", "Test/b"]);
+    assert!(
+        capitals.contains("it holds Test, Train: the names of a split are in small letters (test)"),
+        "{capitals}"
+    );
+    let wrapped = said("wrapped", &["photos/a", "photos/b"]);
+    assert!(wrapped.ends_with("lie in its only folder: give --data-root /wrapped/photos"), "{wrapped}");
+    let twice = said("twice", &["photos/all/a", "photos/all/b"]);
+    assert!(twice.ends_with(": give --data-root /twice/photos/all"), "{twice}");
+    let side = said("side", &["train/a/x", "test/a"]);
+    assert!(
+        side.contains("no class in --data-root /side/train: its pictures lie in folders within folders"),
+        "{side}"
+    );
 }
 
 #[test]
@@ -109,9 +148,12 @@ fn one_picture_and_empty_classes_are_counted() {
     write_classes(root.path(), &[2, 1, 0, 1, 3]);
     let dataset = folder(root.path(), &FolderSettings::default()).unwrap();
     assert_eq!(dataset.train.class_names(), ["c0", "c1"]);
-    assert_eq!(dataset.warnings.len(), 2, "{:?}", dataset.warnings);
-    assert!(dataset.warnings[0].starts_with("1 class left out") && dataset.warnings[0].contains("c2"));
-    assert!(dataset.warnings[1].starts_with("2 classes with one picture"));
+    let wanted = [
+        "1 training class with one picture only, whose positives are the same picture, varied: c1",
+        "1 test class with one picture only, without positives: c3",
+        "1 class left out, no picture inside: c2",
+    ];
+    assert_eq!(dataset.warnings, wanted);
 
     let singles = tempfile::tempdir().unwrap();
     write_classes(singles.path(), &[2, 2, 1, 1]);

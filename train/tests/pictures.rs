@@ -186,7 +186,7 @@ fn folders_named_train_and_test_are_the_split() {
     assert_eq!((dataset.train.class_names().len(), dataset.train.len()), (3, 6));
     assert_eq!((dataset.test.class_names(), dataset.test.len()), (&["d".to_owned(), "e".to_owned()][..], 6));
     assert!(dataset.gallery.is_none() && !dataset.seen);
-    assert!(warnings(&dataset).contains("1 files beside train and test"), "{}", warnings(&dataset));
+    assert!(warnings(&dataset).contains("1 file beside train and test"), "{}", warnings(&dataset));
     let said = open(root, Some(TrainClasses::First(2))).unwrap_err().to_string();
     assert!(said.contains("--train-classes") && said.contains("split of its own"), "{said}");
 
@@ -227,13 +227,26 @@ fn lists_are_the_split() {
     assert_eq!((dataset.train.len(), dataset.test.len()), (4, 4));
     for (list, what) in [
         ("d/0.png\nd/9.png\n", "line 2: there is no picture"),
-        ("d/0.png\n", "names 1 classes"),
+        ("d/0.png\n", "names 1 class:"),
+        ("path,label\nd/0.png,d\n", "line 1: there is no picture"),
+        ("path,label\nd/0.png,d\n", "path; a list is no CSV file"),
+        ("\"d/0.png\",d\n", "a list is no CSV file"),
+        ("d\\0.png d\n", "a list is no CSV file"),
+        ("d/0.png,d,1\n", "a list is no CSV file"),
         ("d/0.png\ne/0.png\nd/./0.png\n", "line 3: names"),
     ] {
         fs::write(root.join("test.txt"), list).unwrap();
         let said = open(root, None).unwrap_err().to_string();
         assert!(said.contains("test.txt") && said.contains(what), "{said}");
+        assert!(what != "line 2: there is no picture" || !said.contains("CSV"), "{said}");
     }
+    // A byte order mark, and pictures that train as well, by another path.
+    fs::write(root.join("test.txt"), "\u{feff}d/0.png,d\nd/1.png,d\ne/../a/1.png,f\na/0.png,f\n").unwrap();
+    let dataset = open(root, None).unwrap();
+    assert_eq!(dataset.test.class_names(), ["d", "f"]);
+    let first = root.join("a/1.png").canonicalize().unwrap();
+    let wanted = format!("both in training and test: 2 pictures, the first {}: ", first.display());
+    assert!(warnings(&dataset).contains(&wanted), "{}", warnings(&dataset));
 }
 
 #[test]
@@ -256,6 +269,9 @@ fn what_is_no_picture_is_counted_by_its_kind() {
     }
     classes(&place.path().join("b"), &["deeper"], 1);
     let said = warnings(&open(place.path(), None).unwrap());
-    let wanted = "passed over, not read as pictures: 2 .heic, 1 .csv, 1 .txt, 1 folders within class folders, 1 without extension";
+    let wanted = "passed over, not read as pictures: 2 .heic, 1 .csv, 1 .txt, 1 without extension, 1 folder within class folders";
     assert_eq!(said, wanted);
+    fs::copy(place.path().join("a/0.png"), place.path().join("stray.PNG")).unwrap();
+    let said = warnings(&open(place.path(), None).unwrap());
+    assert_eq!(said, format!("1 picture beside the class folders, passed over\n{wanted}"));
 }

@@ -199,8 +199,13 @@ fn a_stopped_run_goes_on_with_as_many_ranks_or_others() {
         send("USR1", &child);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(138), "{}", said(&output));
-        assert!(said(&output).lines().last().unwrap().starts_with("stopped after "), "{}", said(&output));
-        assert_finished(&finish(&[resume(&run), vec!["--ranks".into(), ranks.into()]].concat()));
+        let end = format!("; to go on: ddtas-train --ranks 3 --resume {}\n", run.display());
+        assert!(said(&output).ends_with(&end), "{}", said(&output));
+        let resumed = finish(&[resume(&run), vec!["--ranks".into(), ranks.into()]].concat());
+        assert_finished(&resumed);
+        let told = said(&resumed)
+            .contains("warning: the run had 3 ranks so far, now 2: each normalises its own pictures");
+        assert_eq!(told, ranks == "2", "{}", said(&resumed));
         if ranks == "3" {
             assert_same(&run, &unbroken, "as many ranks");
         } else {

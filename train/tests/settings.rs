@@ -342,6 +342,30 @@ fn batches_fit_a_set_of_few_classes() {
     );
     let config = std::fs::read_to_string(run.join("config.toml")).unwrap();
     assert!(config.contains("classes_per_batch = 4") && config.contains("meta_classes = 4"), "{config}");
+    assert!(config.contains("evaluate_every = 2"), "{config}");
+}
+
+#[test]
+fn short_epochs_have_twenty_evaluations_unless_more_are_asked_for() {
+    let place = tempfile::tempdir().unwrap();
+    runs::folder_of_pictures(&place.path().join("data"), 4, 2);
+    let evaluations = |name: &str, more: &[&str]| {
+        let run = place.path().join(name);
+        let mut command = small_run(&run, 59);
+        // An epoch is one step.
+        command.args(["--classes-per-batch", "2", "--dataset", "folder", "--data-root"]);
+        command.arg(place.path().join("data")).args(more).assert().success();
+        runs::records(&run).1.len()
+    };
+    // `small_run` gives 0.
+    assert_eq!(evaluations("none", &[]), 2);
+    assert_eq!(evaluations("asked", &["--evaluate-every", "2"]), 31);
+    let run = place.path().join("default");
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.args(["--dataset", "folder", "--image-size", "16", "--width", "4", "--steps", "59", "--output"]);
+    command.arg(&run).arg("--data-root").arg(place.path().join("data")).assert().success();
+    // Every four steps, not every two: at 0, 4, ..., 56 and 59.
+    assert_eq!(runs::records(&run).1.len(), 16);
 }
 
 #[test]

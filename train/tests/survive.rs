@@ -321,10 +321,35 @@ fn a_class_with_one_picture_trains_and_is_told() {
     let output = finish(&arguments(&place.data, &run, &[]));
     assert_finished(&output);
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("2 classes with one picture only"), "{said}");
+    assert!(said.contains("1 training class with one picture only, whose positives are the same"), "{said}");
+    assert!(said.contains("1 test class with one picture only, without positives: class05"), "{said}");
     let (steps, evaluations) = records(&run);
     assert_eq!(steps.len(), STEPS);
     assert!(evaluations.iter().all(|evaluation| evaluation.recall.iter().all(|(_, recall)| *recall <= 1.0)));
+}
+
+#[test]
+fn a_class_without_readable_pictures_stops_the_run_until_its_files_are_pictures() {
+    let place = Place::new();
+    let run = place.run("run");
+    for picture in 0..6 {
+        fs::write(place.data.join(format!("class02/{picture}.png")), b"not a picture").unwrap();
+    }
+    let output = finish(&arguments(&place.data, &run, &["--steps", "12"]));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let line = said.lines().last().unwrap();
+    assert!(line.contains("class class02 of the training split has no readable picture (6 tried)"), "{said}");
+    assert!(
+        line.contains("; put pictures in place of its files (")
+            && line.contains("begin a new one); fix this"),
+        "{said}"
+    );
+    let without = place.folder.path().join("class02");
+    fs::rename(place.data.join("class02"), &without).unwrap();
+    assert_refused(&mut program(&resume(&run)), "the training split has changed");
+    fs::rename(&without, place.data.join("class02")).unwrap();
+    folder_of_pictures(&place.data, 8, 6);
+    assert_finished(&finish(&resume(&run)));
 }
 
 #[test]

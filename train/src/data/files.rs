@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
+use ddtas_io::console::counted;
+
 /// Extensions of pictures; case is ignored.
 const PICTURES: [&str; 9] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif"];
 
@@ -34,30 +36,32 @@ pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
     String::from_utf8_lossy(bytes).into_owned().into()
 }
 
-/// Numbers of files and folders that were ignored, by kind.
+/// Numbers of files and folders that were ignored, by kind: what takes a plural s, and what follows it.
 #[derive(Debug, Default)]
 pub(crate) struct IgnoredFiles {
-    kinds: BTreeMap<String, usize>,
+    kinds: BTreeMap<(&'static str, String), usize>,
 }
 
 impl IgnoredFiles {
     /// Counts a file that is not a picture, or a folder where pictures are expected.
     pub(crate) fn note(&mut self, path: &Path) {
         if path.is_dir() {
-            self.count("folders within class folders");
+            self.count("folder", " within class folders");
         } else if path.exists() {
             match path.extension() {
-                Some(extension) => self.count(&format!(".{}", extension.to_string_lossy().to_lowercase())),
-                None => self.count("without extension"),
+                Some(extension) => {
+                    self.count("", &format!(".{}", extension.to_string_lossy().to_lowercase()))
+                }
+                None => self.count("", "without extension"),
             }
         } else {
-            self.count("broken links");
+            self.count("broken link", "");
         }
     }
 
-    /// Adds one to `kind`.
-    pub(crate) fn count(&mut self, kind: &str) {
-        *self.kinds.entry(kind.to_owned()).or_default() += 1;
+    /// Adds one to a kind.
+    pub(crate) fn count(&mut self, noun: &'static str, rest: &str) {
+        *self.kinds.entry((noun, rest.to_owned())).or_default() += 1;
     }
 
     /// `passed over, not read as pictures: 3 .heic, 1 .txt`, the most frequent first; none if nothing was counted.
@@ -65,8 +69,12 @@ impl IgnoredFiles {
         let mut kinds: Vec<_> = self.kinds.iter().collect();
         kinds.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
         let more = kinds.len().saturating_sub(8);
-        let mut named: Vec<_> = kinds.iter().take(8).map(|(kind, count)| format!("{count} {kind}")).collect();
-        named.extend((more > 0).then(|| format!("{more} other kinds")));
+        let shown = |&(kind, count): &(&(&str, String), &usize)| match kind {
+            ("", rest) => format!("{count} {rest}"),
+            (noun, rest) => counted(*count, noun) + rest,
+        };
+        let mut named: Vec<_> = kinds.iter().take(8).map(shown).collect();
+        named.extend((more > 0).then(|| counted(more, "other kind")));
         (!named.is_empty()).then(|| format!("passed over, not read as pictures: {}", named.join(", ")))
     }
 }

@@ -1,13 +1,14 @@
 //! `--dataset folder`: the user's pictures, in a folder per class or named by lists. Test classes are unseen
 //! unless the user asks otherwise.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use ddtas_io::console::counted;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
@@ -153,6 +154,7 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
             "--data-root has a split of its own, by train and test, or query and gallery: leave it out";
         return Err(Error::misuse("train-classes", "", reason));
     }
+    let has_own_split = own.is_some();
     let (mut sides, seen) = match own {
         Some(sides) => (sides, false),
         None => {
@@ -169,6 +171,10 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
             sides.test.len()
         ));
     }
+    if has_own_split {
+        notes.warnings.extend(shared_pictures(&sides));
+    }
+    notes.warnings.extend(of_one_picture(&sides));
     if let Some(gallery) = &mut sides.gallery {
         // Queries and gallery need the same classes, so that a label means the same in both.
         let names: Vec<OsString> = sides.test.keys().chain(gallery.keys()).cloned().collect();
@@ -197,11 +203,40 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     Ok(dataset)
 }
 
+/// A warning if pictures of training and test are the same files, under whichever paths.
+fn shared_pictures(sides: &SplitFiles) -> Option<String> {
+    let files = |side: &Files| side.values().flatten().filter_map(|path| path.canonicalize().ok()).collect();
+    let train: HashSet<PathBuf> = Vec::into_iter(files(&sides.train)).collect();
+    let test = [Some(&sides.test), sides.gallery.as_ref()].into_iter().flatten().flat_map(files);
+    let shared: Vec<_> = test.filter(|path| train.contains(path)).collect();
+    let (first, count) = (shared.first()?.display(), counted(shared.len(), "picture"));
+    Some(format!(
+        "both in training and test: {count}, the first {first}: what is measured is not of unseen pictures"
+    ))
+}
+
+/// Warnings of classes with one picture.
+fn of_one_picture(sides: &SplitFiles) -> impl Iterator<Item = String> {
+    let names = |side: &Files| -> Vec<String> {
+        let single = side.iter().filter(|(_, pictures)| pictures.len() == 1);
+        single.map(|(name, _)| name.to_string_lossy().into_owned()).collect()
+    };
+    // A query is compared with the gallery, where its class may have pictures.
+    let test = if sides.gallery.is_none() { names(&sides.test) } else { Vec::new() };
+    let sides = [
+        ("training ", names(&sides.train), "whose positives are the same picture, varied"),
+        ("test ", test, "without positives"),
+    ];
+    sides.into_iter().filter(|(_, names, _)| !names.is_empty()).map(|(side, names, which)| {
+        format!("{} with one picture only, {which}: {}", counted_classes(side, names.len()), some_of(&names))
+    })
+}
+
 /// Divides `classes` into training and test; the second value says whether test classes are also training classes.
 fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(SplitFiles, bool)> {
     let shown = root.display();
     let count = classes.len();
-    let holds = format!("--data-root {shown} holds {} with pictures", counted(count));
+    let holds = format!("--data-root {shown} holds {} with pictures", counted_classes("", count));
     if wanted == Some(TrainClasses::All) {
         if count < 2 {
             return Err(Error::Dataset(format!("{holds}: at least 2 are needed to train")));
@@ -241,17 +276,13 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<SplitFiles>> {
     let Some(paths) = SplitPaths::of(holds_classes) else { return Ok(None) };
     for path in sorted_entries(root)? {
         if !paths.contain(&path) {
-            notes.ignored.count(if path.is_dir() {
-                "folders beside train and test"
-            } else {
-                "files beside train and test"
-            });
+            notes.ignored.count(if path.is_dir() { "folder" } else { "file" }, " beside train and test");
         }
     }
     let sides = paths.read(|folder| classes_in(folder, root, notes))?;
     for (name, side) in [("train", &sides.train), ("test", &sides.test)] {
         if side.len() < 2 {
-            let (shown, holds) = (root.display(), counted(side.len()));
+            let (shown, holds) = (root.display(), counted_classes("", side.len()));
             return Err(Error::Dataset(format!(
                 "{shown}: its {name} side holds {holds}, at least 2 are needed"
             )));
@@ -263,14 +294,16 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<SplitFiles>> {
 /// The class folders in `folder`, which is `root` or one of its `train`, `test`, `query`, `gallery`.
 fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
     let mut classes = Files::new();
-    let (mut loose, mut folders) = (0, 0);
+    let (mut loose, mut folders) = (0, Vec::new());
     for path in sorted_entries(folder)? {
         if !path.is_dir() {
-            loose += usize::from(is_picture(&path));
-            notes.ignored.note(&path);
+            if is_picture(&path) && path.is_file() {
+                loose += 1;
+            } else {
+                notes.ignored.note(&path);
+            }
             continue;
         }
-        folders += 1;
         let mut pictures = Vec::new();
         for file in sorted_entries(&path)? {
             if is_picture(&file) && file.is_file() {
@@ -280,25 +313,71 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
             }
         }
         let name = path.file_name().unwrap_or_default().to_owned();
-        match pictures.len() {
-            0 => notes.empty.push(file_name(&path)),
-            1 => notes.single.push(file_name(&path)),
-            _ => {}
-        }
-        if !pictures.is_empty() {
+        if pictures.is_empty() {
+            notes.empty.push(file_name(&path));
+        } else {
             classes.insert(name, pictures);
         }
+        folders.push(path);
     }
     if classes.is_empty() {
-        let found = match (loose, folders) {
-            (0, 0) => "it is empty".to_string(),
-            (0, n) => format!("none of its {n} folders holds a picture"),
-            (n, _) => format!("its {n} pictures lie beside each other, not in a folder per class"),
-        };
-        let shown = root.display();
-        return Err(Error::Dataset(format!("no pictures in --data-root {shown}: {found}; {WANTED}")));
+        let found = if folder == root { of_another_layout(&folders) } else { None };
+        let found = found.unwrap_or_else(|| {
+            let found = match (deeper_picture(&folders), loose, folders.len()) {
+                (Some(first), ..) => {
+                    format!("its pictures lie in folders within folders, the first is {}", first.display())
+                }
+                (None, 0, 0) => "it is empty".to_string(),
+                (None, 0, n) => format!("there is no picture in its {}", counted(n, "folder")),
+                (None, n, _) => format!("it has {} without a folder per class", counted(n, "picture")),
+            };
+            format!("{found}; {WANTED}")
+        });
+        return Err(Error::Dataset(format!("no class in --data-root {}: {found}", folder.display())));
+    }
+    if loose > 0 {
+        notes.warnings.push(format!("{} beside the class folders, passed over", counted(loose, "picture")));
     }
     Ok(classes)
+}
+
+/// The first picture below `folders`.
+fn deeper_picture(folders: &[PathBuf]) -> Option<PathBuf> {
+    let below = |folder| walkdir::WalkDir::new(folder).sort_by_file_name().into_iter().flatten();
+    let mut paths = folders.iter().flat_map(below).map(walkdir::DirEntry::into_path);
+    paths.find(|path| is_picture(path) && !is_hidden(path) && path.is_file())
+}
+
+/// What to do about class folders that are not where they are searched; none if it does not look like that. `folders` are
+/// those in --data-root, which hold no pictures themselves.
+fn of_another_layout(folders: &[PathBuf]) -> Option<String> {
+    deeper_picture(folders)?;
+    let names: Vec<String> = folders.iter().map(|folder| file_name(folder)).collect();
+    let sides = ["train", "test", "query", "gallery"];
+    let capital = |name: &&String| sides.iter().any(|side| name.eq_ignore_ascii_case(side) && *name != side);
+    let capitals: Vec<String> = names.iter().filter(capital).cloned().collect();
+    if let Some(first) = capitals.first() {
+        let small = first.to_lowercase();
+        return Some(format!(
+            "it holds {}: the names of a split are in small letters ({small})",
+            capitals.join(", ")
+        ));
+    }
+    if names.iter().any(|name| name == "train") {
+        let others: Vec<String> = names.iter().filter(|name| *name != "train").cloned().collect();
+        let beside = if others.is_empty() { "" } else { &format!(" (beside train: {})", some_of(&others)) };
+        return Some(format!(
+            "it holds train, but not test, nor query and gallery{beside}: name the test classes' folder test"
+        ));
+    }
+    let [only] = folders else { return None };
+    let mut wrapping = only.clone();
+    while let [next] = &sorted_entries(&wrapping).ok()?.into_iter().collect::<Vec<_>>()[..]
+        && pictures_of(next).is_ok_and(|pictures| pictures.is_empty())
+    {
+        wrapping = next.clone();
+    }
+    Some(format!("the class folders lie in its only folder: give --data-root {}", wrapping.display()))
 }
 
 /// Collects what to warn the user of.
@@ -306,23 +385,18 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
 struct Notes {
     warnings: Vec<String>,
     empty: Vec<String>,
-    single: Vec<String>,
     ignored: IgnoredFiles,
 }
 
 impl Notes {
     fn lines(self) -> Vec<String> {
-        let Self { mut warnings, empty, single, ignored } = self;
+        let Self { mut warnings, empty, ignored } = self;
         if !empty.is_empty() {
             warnings.push(format!(
                 "{} left out, no picture inside: {}",
-                counted(empty.len()),
+                counted_classes("", empty.len()),
                 some_of(&empty)
             ));
-        }
-        if !single.is_empty() {
-            let (count, names) = (counted(single.len()), some_of(&single));
-            warnings.push(format!("{count} with one picture only, without positives: {names}"));
         }
         warnings.extend(ignored.line());
         warnings
@@ -340,8 +414,9 @@ fn sorted_entries(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     paths.filter(|path| !path.as_ref().is_ok_and(|path| is_hidden(path))).collect()
 }
 
-pub(super) fn counted(classes: usize) -> String {
-    if classes == 1 { "1 class".into() } else { format!("{classes} classes") }
+/// A number of classes of a side; `side` ends in a blank, or is empty.
+pub(super) fn counted_classes(side: &str, classes: usize) -> String {
+    format!("{classes} {side}class{}", if classes == 1 { "" } else { "es" })
 }
 
 /// The first three names, for a message.

@@ -2,16 +2,19 @@
 //!
 //! A line holds a picture's path, absolute or relative to the list's folder, and its class, separated by a
 //! tab, a comma or blanks. If there is no class, the name of the picture's folder is used. A line that as a
-//! whole is the path of a file has no class. Empty lines and lines that begin with `#` are skipped.
+//! whole is the path of a file has no class. Empty lines, lines that begin with `#` and a byte order mark are skipped.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
-use super::files::name_of_bytes;
-use super::folder::{Files, SplitFiles, SplitPaths};
+use super::files::{is_picture, name_of_bytes};
+use super::folder::{Files, SplitFiles, SplitPaths, counted_classes};
 use crate::{Error, Result};
+
+/// What editors on Windows and spreadsheets begin a UTF-8 file with.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The split by the lists in `root`; none if there are no lists.
 ///
@@ -26,6 +29,7 @@ pub(super) fn sides(root: &Path) -> Result<Option<SplitFiles>> {
 
 fn classes(root: &Path, list: &Path) -> Result<Files> {
     let text = fs::read(list).map_err(Error::io("read", list))?;
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
     let (mut classes, mut listed) = (Files::new(), HashSet::new());
     for (number, line) in text.split(|&byte| byte == b'\n').enumerate() {
         let line = line.trim_ascii();
@@ -39,7 +43,15 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
             let (name, named) = parts(line);
             (path, class) = (root.join(name_of_bytes(name)), named);
             if !path.is_file() {
-                return Err(bad(format!("there is no picture {}", path.display())));
+                // A header, a third column or quotes leave something else than a picture's name before the last comma.
+                let csv = line.contains(&b',') && !is_picture(&path)
+                    || line.iter().any(|byte| b"\"\\".contains(byte));
+                let advice = if csv {
+                    "; a list is no CSV file: a line is a path with / and a class, without header, quotes or more columns"
+                } else {
+                    ""
+                };
+                return Err(bad(format!("there is no picture {}{advice}", path.display())));
             }
         }
         if !listed.insert(path.clone()) {
@@ -50,8 +62,8 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
         classes.entry(class).or_default().push(path);
     }
     if classes.len() < 2 {
-        let count = classes.len();
-        return Err(Error::format(list, format!("names {count} classes: at least 2 are needed")));
+        let count = counted_classes("", classes.len());
+        return Err(Error::format(list, format!("names {count}: at least 2 are needed")));
     }
     Ok(classes)
 }

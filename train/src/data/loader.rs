@@ -256,7 +256,8 @@ impl Shared {
             }
         }
         Err(Error::Dataset(format!(
-            "class {} of the training split has no readable picture ({} tried): {first_error}",
+            "class {} of the training split has no readable picture ({} tried): {first_error}; put pictures in place of its files (a \
+             run keeps its data set: to train without the class, begin a new one)",
             self.split.class_name(wanted),
             class.len()
         )))

@@ -152,7 +152,7 @@ impl EmbeddingsFile {
         let labels = match beside.labels {
             None if labels.is_file() => {
                 let bytes = std::fs::read(&labels).map_err(Error::io("read", &labels))?;
-                Some(npy::integers(&labels, &bytes)?)
+                Some(npy::labels(&labels, &bytes)?)
             }
             known => known,
         };

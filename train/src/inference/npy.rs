@@ -43,7 +43,7 @@ struct Array<'a> {
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) if it is something else.
 pub(super) fn matrix(path: &Path, bytes: &[u8]) -> Result<Array2<f32>> {
-    let array = Array::parse(path, bytes)?;
+    let array = Array::parse(path, bytes, "give little-endian numbers")?;
     let [rows, dim] = array.shape[..] else {
         return Err(array.bad(format!("has {} dimensions, not 2", array.shape.len())));
     };
@@ -54,21 +54,21 @@ pub(super) fn matrix(path: &Path, bytes: &[u8]) -> Result<Array2<f32>> {
     Ok(values.as_standard_layout().into_owned())
 }
 
-/// Reads a one-dimensional array of integers of any width.
+/// Reads labels: a one-dimensional array of integers of any width.
 ///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) if it is something else.
-pub(super) fn integers(path: &Path, bytes: &[u8]) -> Result<Vec<i64>> {
-    let array = Array::parse(path, bytes)?;
+pub(super) fn labels(path: &Path, bytes: &[u8]) -> Result<Vec<i64>> {
+    let array = Array::parse(path, bytes, "labels are little-endian integers, a number for each class")?;
     if array.shape.len() != 1 {
         return Err(array.bad(format!("has {} dimensions, not 1", array.shape.len())));
     }
-    integers_of(array.dtype, array.data)
-        .ok_or_else(|| array.bad(format!("holds {:?}, not integers of 64 bits at most", array.dtype)))
+    integers_of(array.dtype, array.data).map_err(|reason| array.bad(reason))
 }
 
 impl<'a> Array<'a> {
-    fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+    /// Parses a file; `wanted` says what to give in place of another type.
+    fn parse(path: &'a Path, bytes: &'a [u8], wanted: &str) -> Result<Self> {
         let bad = |reason: &str| Error::format(path, reason);
         let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("not a .npy file"))?;
         let cut = || bad("the header of the .npy is cut short");
@@ -84,7 +84,7 @@ impl<'a> Array<'a> {
         let after = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
         let unknown = || bad(&format!("unknown header of a .npy: {}", header.trim()));
         let descr = after("descr").and_then(|rest| rest.split('\'').nth(1)).ok_or_else(unknown)?;
-        let dtype = dtype(descr).ok_or_else(|| bad(&format!("holds {descr}: give little-endian numbers")))?;
+        let dtype = dtype(descr).ok_or_else(|| bad(&format!("holds {descr}: {wanted}")))?;
         let by_columns = after("fortran_order").ok_or_else(unknown)?.starts_with("True");
         let shape =
             after("shape").and_then(|rest| rest.strip_prefix('(')?.split_once(')')).ok_or_else(unknown)?.0;
@@ -169,19 +169,24 @@ mod tests {
             ("<i2", vec![7, 0, 0xfe, 0xff]),
             ("<i8", [7i64, -2].map(i64::to_le_bytes).concat()),
         ] {
-            assert_eq!(integers(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(), [7, -2], "{descr}");
+            assert_eq!(labels(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(), [7, -2], "{descr}");
         }
         for (descr, data) in
             [("|u1", vec![7, 0xfe]), ("<u2", vec![7, 0, 0xfe, 0]), ("<u4", vec![7, 0, 0, 0, 0xfe, 0, 0, 0])]
         {
-            assert_eq!(
-                integers(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(),
-                [7, 254],
-                "{descr}"
-            );
+            assert_eq!(labels(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(), [7, 254], "{descr}");
         }
-        let beyond = saved(1, "<u8", "False", "(1,)", &u64::MAX.to_le_bytes());
-        assert!(integers(path, &beyond).is_err());
-        assert!(integers(path, &saved(1, "<f4", "False", "(1,)", &[0; 4])).is_err());
+        for (descr, data, what) in [
+            (
+                "<u8",
+                u64::MAX.to_le_bytes().to_vec(),
+                "holds 18446744073709551615: at most 9223372036854775807",
+            ),
+            ("<f4", vec![0; 4], "holds F32: give integers"),
+            ("<U3", vec![0; 12], "holds <U3: labels are little-endian integers"),
+        ] {
+            let said = labels(path, &saved(1, descr, "False", "(1,)", &data)).unwrap_err().to_string();
+            assert!(said.contains(what) && said.contains("l.npy"), "{said}");
+        }
     }
 }

@@ -39,10 +39,10 @@ impl Pictures {
                     paths.push(entry.into_path())
                 }
                 Ok(entry) => ignored.note(entry.path()),
-                Err(error) if error.loop_ancestor().is_some() => ignored.count("links in a circle"),
+                Err(error) if error.loop_ancestor().is_some() => ignored.count("link", " in a circle"),
                 // `filter_entry` is not called for these: they may have hidden names.
                 Err(error) if error.path().is_some_and(|path| path.is_symlink() && !path.exists()) => {
-                    ignored.count("broken links");
+                    ignored.count("broken link", "");
                 }
                 Err(error) => {
                     let path = error.path().unwrap_or(root).to_path_buf();
@@ -136,7 +136,7 @@ mod tests {
         let pictures = Pictures::below(root).unwrap();
         assert_eq!(
             pictures.ignored.as_deref(),
-            Some("passed over, not read as pictures: 1 broken links, 1 links in a circle")
+            Some("passed over, not read as pictures: 1 broken link, 1 link in a circle")
         );
         let kept = bytes_of(pictures.paths.iter().map(PathBuf::as_path));
         assert_eq!(kept.keys().collect::<Vec<_>>(), [&1]);

@@ -31,7 +31,7 @@ pub enum HeadKind {
 /// Maps features to unit embeddings.
 #[derive(Module, Debug)]
 pub struct EmbeddingHead {
-    /// `[features, dim]`.
+    /// `[features, dim]`; the transpose in files.
     pub weight: Param<Tensor<2>>,
     /// `[dim]`.
     pub bias: Param<Tensor<1>>,

@@ -30,6 +30,7 @@ mod staging;
 mod threads;
 
 use std::ops::Range;
+use std::path::Path;
 use std::rc::Rc;
 
 use bytemuck::Pod;
@@ -78,6 +79,11 @@ pub trait Collective {
 
     /// Bytes that this rank has sent so far; a message counts once for every rank that receives it.
     fn sent(&self) -> u64;
+
+    /// The command that resumes the run in `folder` on as many ranks, started as these were.
+    fn to_resume(&self, folder: &Path) -> String {
+        format!("ddtas-train --resume {}", folder.display())
+    }
 
     /// Replaces `values` by their sum over all ranks, added in the order of ranks and in double precision:
     /// the same bits on every rank, and in every run with as many ranks. Each rank adds one share, and so

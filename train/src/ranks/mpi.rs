@@ -1,6 +1,7 @@
 //! Ranks as processes started by `mpirun` or `srun`.
 
 use std::cell::Cell;
+use std::path::Path;
 
 use mpi::Threading;
 use mpi::collective::CommunicatorCollectives;
@@ -89,6 +90,11 @@ impl Collective for Mpi {
 
     fn local_rank(&self) -> usize {
         self.local_rank
+    }
+
+    fn to_resume(&self, folder: &Path) -> String {
+        let (size, folder) = (self.size(), folder.display());
+        format!("mpirun -n {size} --bind-to none ddtas-train --ranks mpi --resume {folder}")
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {

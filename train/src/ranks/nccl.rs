@@ -89,6 +89,11 @@ impl Collective for Nccl {
         self.local_rank
     }
 
+    fn to_resume(&self, folder: &Path) -> String {
+        let (size, folder) = (self.size, folder.display());
+        format!("{size} processes of ddtas-train --ranks nccl --rendezvous FILE --resume {folder}")
+    }
+
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {
         let lengths = self.lengths(own.len() as u64, "")?;
         self.count(own.len() * (self.size - 1));

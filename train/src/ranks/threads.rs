@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::panic::resume_unwind;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -118,6 +119,10 @@ impl Collective for Thread {
 
     fn local_rank(&self) -> usize {
         self.rank
+    }
+
+    fn to_resume(&self, folder: &Path) -> String {
+        format!("ddtas-train --ranks {} --resume {}", self.size, folder.display())
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {

@@ -50,6 +50,7 @@ impl Average {
     /// Restores the average from a checkpoint; the error says what does not fit.
     pub fn take(&mut self, archive: &mut Archive) -> Result<(), String> {
         let mut tensors = Archive::default();
+        tensors.facts.clone_from(&archive.facts);
         archive.take_all(PREFIX).into_iter().for_each(|(name, entry)| tensors.put(name, entry));
         self.network = checkpoint::filled(self.network.clone(), &tensors)
             .map_err(|reason| format!("its mean weights do not fit the network: {reason}"))?;

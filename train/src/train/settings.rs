@@ -6,7 +6,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::{defaults, name_of};
-use crate::data::{DatasetSettings, check_image_size};
+use crate::data::{DatasetSettings, Split, check_image_size};
 use crate::error::{check, fits};
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
@@ -22,6 +22,10 @@ const MOST_STEPS: usize = 1 << 31;
 const STEPS: &str = "1 to 2147483648";
 /// Default number of classes in a batch, if there are as many.
 const CLASSES_PER_BATCH: usize = 16;
+/// Default number of epochs between evaluations, and the most evaluations of a run by default, the first and last included:
+/// where an epoch has few steps, evaluations would take longer than the training.
+const EVALUATE_EVERY: usize = 2;
+const MOST_EVALUATIONS: usize = 20;
 const COUNT: &str = "0 to 2147483648";
 
 /// Removed settings that files of older versions hold: table, key, and the value that every run has now.
@@ -180,15 +184,11 @@ pub struct TrainSettings {
     #[command(flatten, next_help_heading = "Optimisation")]
     #[serde(flatten)]
     pub optimizer: OptimizerSettings,
-    /// Epochs between evaluations; 0 evaluates only before and after training.
-    #[arg(
-        long,
-        value_name = "EPOCHS",
-        default_value_t = 2,
-        help_heading = "Evaluation",
-        hide_short_help = true
-    )]
-    pub evaluate_every: usize,
+    /// Epochs between evaluations; 0 evaluates only before and after training [default: 2, or more so that a run
+    /// has at most 20 evaluations].
+    #[arg(long, value_name = "EPOCHS", help_heading = "Evaluation", hide_short_help = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluate_every: Option<usize>,
     /// Cross-batch memory: embeddings of earlier batches that the loss compares a batch with as well; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Loss")]
     pub memory_size: usize,
@@ -343,17 +343,21 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// The same settings with defaults that depend on the data set: with fewer training classes (`there`)
-    /// than usual in a batch, batches have all of them. Also a line that says so.
+    /// The same settings with defaults that depend on the training split: with fewer classes than usual in a batch, batches
+    /// have all of them, and short epochs have fewer evaluations. Also a line about the batches.
     #[must_use]
-    pub(super) fn fitted(&self, there: usize) -> (Self, Option<String>) {
+    pub(super) fn fitted(&self, train: &Split) -> (Self, Option<String>) {
+        let there = train.by_class().len();
         let classes = self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH.min(there));
         let note = (self.classes_per_batch.is_none() && there < CLASSES_PER_BATCH).then(|| {
             format!("{there} classes train: a batch has pictures of all of them, not of {CLASSES_PER_BATCH}")
         });
         let meta_classes = Some(self.generator.classes_of(there));
         let generator = GeneratorSettings { meta_classes, ..self.generator.clone() };
-        (Self { classes_per_batch: Some(classes), generator, ..self.clone() }, note)
+        let epoch = train.len().div_ceil((classes * self.images_per_class).max(1)).max(1);
+        let fewest = self.steps.div_ceil((MOST_EVALUATIONS - 1) * epoch);
+        let evaluate_every = Some(self.evaluate_every.unwrap_or(EVALUATE_EVERY.max(fewest)));
+        (Self { classes_per_batch: Some(classes), evaluate_every, generator, ..self.clone() }, note)
     }
 
     /// A warning if the run ends before the memory is filled.
@@ -418,7 +422,7 @@ impl TrainSettings {
             ),
             ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
             ("steps", self.steps, 1, MOST_STEPS, STEPS),
-            ("evaluate-every", self.evaluate_every, 0, MOST_STEPS, COUNT),
+            ("evaluate-every", self.evaluate_every.unwrap_or(0), 0, MOST_STEPS, COUNT),
             ("checkpoint-every", self.checkpoint_every, 0, MOST_STEPS, COUNT),
             ("max-bad-images", self.max_bad_images, 0, MOST_STEPS, COUNT),
             ("memory-start", self.memory_start.unwrap_or(0), 0, MOST_STEPS, COUNT),

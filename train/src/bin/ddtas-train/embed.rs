@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use ddtas_io::console::print_result;
+use ddtas_io::console::{counted, print_result};
 use ddtas_train::inference::{EmbedSettings, embed as embed_folder};
 
 use super::progress::{during, warn_of_skipped};
@@ -23,11 +23,11 @@ pub fn embed(arguments: &EmbedArguments, quiet: bool) -> ddtas_train::Result<()>
     Ok(print_result(arguments.json, &export, |out, export| {
         writeln!(
             out,
-            "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
+            "{}: {} of {} in {}, {} left out, {:.1} s",
             export.path.display(),
-            export.pictures,
-            export.folders,
-            export.dim,
+            counted(export.pictures, "picture"),
+            counted(export.folders, "folder"),
+            counted(export.dim, "dimension"),
             export.skipped.len(),
             export.seconds
         )

@@ -87,17 +87,16 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
             }
             ExitCode::SUCCESS
         }
-        Outcome::Stopped { folder, phase, step } => {
-            let folder = folder.display();
+        Outcome::Stopped { command, phase, step } => {
             let of = of(*phase);
             let steps = counted(*step, "step");
-            say(format_args!("stopped after {steps}{of}; to go on: ddtas-train --resume {folder}"));
+            say(format_args!("stopped after {steps}{of}; to go on: {command}"));
             signals.exit_code()
         }
-        Outcome::FinishedBefore { folder, step } => {
+        Outcome::FinishedBefore { folder, command, step } => {
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished after {}; see {folder}/report.html; to train on: ddtas-train --resume {folder} --steps N, \
+                "the run in {folder} has finished after {}; see {folder}/report.html; to train on: {command} --steps N, \
                  or --init {folder}/last.safetensors in a new run",
                 counted(*step, "step")
             ));

@@ -64,6 +64,11 @@ impl BackboneKind {
         matches!(self, Self::VitS16 | Self::VitS16Augreg)
     }
 
+    /// Whether the network has batch normalisation.
+    pub(crate) fn has_batch_norm(self) -> bool {
+        !self.is_transformer()
+    }
+
     /// Default pooling of the features.
     #[must_use]
     pub fn pooling(self) -> PoolingKind {

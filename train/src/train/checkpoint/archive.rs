@@ -37,6 +37,16 @@ impl Entry {
         Ok((name, Self { dtype: Dtype::F32, shape, bytes: bytes.to_vec() }))
     }
 
+    /// The transpose of a matrix of f32.
+    pub fn transposed(&self) -> Self {
+        let columns = self.shape.last().copied().unwrap_or_default();
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(&self.bytes);
+        let column = |at: usize| values.iter().skip(at).step_by(columns);
+        let turned: Vec<f32> = (0..columns).flat_map(column).copied().collect();
+        let shape = self.shape.iter().rev().copied().collect();
+        Self { dtype: self.dtype, shape, bytes: bytemuck::cast_slice(&turned).to_vec() }
+    }
+
     /// Converts the entry to a tensor of Burn, of f32.
     pub fn named(self, name: String, parameter: Option<u64>) -> Tensor {
         Tensor::new(name, DType::F32, self.shape, parameter, Bytes::from_bytes_vec(self.bytes))

@@ -25,6 +25,10 @@ pub(crate) const BEST: &str = "best.safetensors";
 const SHAPE: &str = "ddtas.network";
 /// Key of the side of the pictures, in pixels.
 pub const IMAGE_SIZE: &str = "ddtas.image-size";
+/// Name of the head's weight in files, where it is `[out, in]`, as in PyTorch's Linear: the transpose of Burn's.
+const HEAD: &str = "head.weight";
+/// Key that says so. Files of earlier versions are without it: they have Burn's layout, which a square weight does not show.
+const HEAD_LAYOUT: &str = "ddtas.head.weight";
 /// Key of the threshold generator's state.
 pub const GENERATOR: &str = "ddtas.generator";
 
@@ -58,8 +62,10 @@ pub(super) fn weights(
 pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
     let mut archive = Archive::default();
     archive.facts.extend(SafetensorsStore::default_metadata());
+    archive.facts.insert(HEAD_LAYOUT.to_owned(), "[out, in]".to_owned());
     for tensor in network.collect(None, None, true) {
         let (name, entry) = Entry::of(tensor)?;
+        let entry = if name == HEAD { entry.transposed() } else { entry };
         archive.put(network.file_name(&name), entry);
     }
     Ok(archive)
@@ -75,12 +81,17 @@ pub(super) fn filled(
     for wanted in network.collect(None, None, true) {
         let name = network.file_name(&wanted.name);
         let found = stored.get(&name).ok_or_else(|| format!("no tensor `{name}`"))?;
-        let shape: Vec<usize> = wanted.shape.iter().copied().collect();
+        let mut shape: Vec<usize> = wanted.shape.iter().copied().collect();
+        let is_transposed = name == HEAD && stored.facts.contains_key(HEAD_LAYOUT);
+        if is_transposed {
+            shape.reverse();
+        }
         if (found.dtype, &found.shape) != (Dtype::F32, &shape) {
             let (dtype, got) = (found.dtype, &found.shape);
             return Err(format!("tensor `{name}` is {dtype:?} of shape {got:?}, not F32 of shape {shape:?}"));
         }
-        tensors.push(found.clone().named(wanted.name, None));
+        let found = if is_transposed { found.transposed() } else { found.clone() };
+        tensors.push(found.named(wanted.name, None));
     }
     match network.apply(tensors, None, None, true).errors.first() {
         Some(error) => Err(error.to_string()),

@@ -61,18 +61,25 @@ pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<
             return Err(Error::Dataset("there are fewer test pictures than when the run began".into()));
         }
         let wanted = thumbnail(split, *picture)?;
-        sheet.query(row, &wanted, split.class_name(*picture));
+        sheet.query(row, &wanted, &shown_class(split, *picture));
         let answer = |(column, &(answer, similarity)): (usize, &(usize, f32))| {
             let found = thumbnail(searched, answer)?;
             let right = searched.labels()[answer] == split.labels()[*picture];
             let class = searched.class_name(answer).to_string();
-            sheet.answer((row, column), &found, right, (&class, similarity));
+            sheet.answer((row, column), &found, right, (&shown_class(searched, answer), similarity));
             Ok(Answer { class, right, similarity, png: base64(&found)? })
         };
         let answers = answers.iter().enumerate().map(answer).collect::<Result<_>>()?;
         queries.push(Query { class: split.class_name(*picture).to_string(), png: base64(&wanted)?, answers });
     }
     Ok((queries, sheet.picture))
+}
+
+/// The class of a picture in the picture of all queries: its name, or its number if the font lacks a letter of it.
+fn shown_class(split: &Split, picture: usize) -> String {
+    let name = split.class_name(picture);
+    let is_drawn = name.chars().all(|letter| lettering::glyph(letter).is_some());
+    if is_drawn { name.to_owned() } else { format!("class {}", split.labels()[picture]) }
 }
 
 /// Breaks `text` into two lines of at most `most` letters, at a space if possible. The rest is left out.
@@ -168,6 +175,15 @@ impl Sheet {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn classes_whose_names_the_font_lacks_are_numbered() {
+        let names = ["Möbel 2", "Ωμ", "いす", "椅子", "机"];
+        let classes = names.iter().map(|name| ((*name).to_owned(), vec!["a.png".into()])).collect();
+        let split = Split::from_files(classes, 0);
+        let shown: Vec<String> = (0..names.len()).map(|picture| shown_class(&split, picture)).collect();
+        assert_eq!(shown, ["Möbel 2", "Ωμ", "いす", "class 3", "class 4"]);
+    }
 
     #[test]
     fn class_names_are_broken_at_a_space() {

@@ -78,8 +78,8 @@ pub enum Outcome {
     Finished(Box<Summary>),
     /// The run was told to stop, and can be resumed from its folder.
     Stopped {
-        /// The run folder.
-        folder: PathBuf,
+        /// The command that resumes the run.
+        command: String,
         /// The part of the run that was stopped.
         phase: Phase,
         /// Steps of that part that are done.
@@ -91,6 +91,8 @@ pub enum Outcome {
     FinishedBefore {
         /// The run folder.
         folder: PathBuf,
+        /// The command that resumes the run, if it is given more steps.
+        command: String,
         /// Steps done.
         step: usize,
     },

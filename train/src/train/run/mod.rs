@@ -101,7 +101,7 @@ pub fn train(
         let (device, backend) = open_device(settings, &**ranks)?;
         let engine = make_engine(settings, (&device, backend), None, ranks)?;
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
-        let (settings, note) = &settings.fitted(dataset.train.by_class().len());
+        let (settings, note) = &settings.fitted(&dataset.train);
         let setup = Setup::new(settings, &dataset, engine, (&device, &**ranks))?;
         let memory = settings.warning_of_memory();
         let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
@@ -158,7 +158,11 @@ pub fn resume(
         // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
-            return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
+            return Ok(Outcome::FinishedBefore {
+                folder: folder.path().to_path_buf(),
+                command: ranks.to_resume(folder.path()),
+                step: state.step,
+            });
         }
         let (device, backend) = open_device(&settings, &**ranks)?;
         let mut engine = make_engine(&settings, (&device, backend), last.as_ref(), ranks)?;
@@ -171,15 +175,16 @@ pub fn resume(
         if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
             folder.write_config(&settings)?;
         }
-        let (settings, _) = settings.fitted(dataset.train.by_class().len());
+        let (settings, _) = settings.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
+        let warning = state.warning_of_ranks(&settings, ranks.size());
         let done = state.step;
         if resumed {
             run.go_on(state)?;
         }
-        run.train(&device, Some(done), begun, Vec::new())
+        run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
     })
 }
 

@@ -15,9 +15,10 @@ use crate::data::{Dataset, Extent};
 use crate::train::checkpoint::{self, Checkpoint};
 use crate::train::engine::{Engine, EngineState, REMEDY};
 use crate::train::records::Phase;
-use crate::train::settings::{TrainSettings, drop_removed};
+use crate::train::settings::{BatchNorm, TrainSettings, drop_removed};
 use crate::train::shown::Shown;
 use crate::{Error, Result};
+use ddtas_io::console::counted;
 
 /// Key of a run's state in a checkpoint's metadata.
 const RUN: &str = "ddtas.run";
@@ -38,6 +39,9 @@ pub(super) struct RunState {
     /// The settings that the result depends on, as TOML.
     #[serde(default)]
     pub settings: Option<String>,
+    /// Number of ranks; none in runs of earlier versions.
+    #[serde(default)]
+    pub ranks: Option<usize>,
     /// Number of steps at the last evaluation.
     pub evaluated: Option<usize>,
     /// Whether the last step, its evaluation and the report are done.
@@ -149,6 +153,21 @@ impl RunState {
             ));
         }
         Ok(())
+    }
+
+    /// A warning if the run so far had another number of ranks than `now`.
+    pub fn warning_of_ranks(&self, settings: &TrainSettings, now: usize) -> Option<String> {
+        let before = self.ranks.filter(|before| *before != now)?;
+        let by_rank = settings.batch_norm == BatchNorm::Trainable && settings.backbone.has_batch_norm();
+        let differs = if by_rank {
+            "each normalises its own pictures (--batch-norm trainable), so this becomes another run"
+        } else {
+            "sums are rounded in another way"
+        };
+        let ranks = counted(before, "rank");
+        Some(format!(
+            "the run had {ranks} so far, now {now}: {differs}; docs/scaling.md has how to start {before}"
+        ))
     }
 
     /// Checks that config.toml has the settings that the run began with, and at least as many steps as are done.

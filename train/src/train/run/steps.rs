@@ -85,6 +85,7 @@ impl<'a> Run<'a> {
             extents: Some(dataset.extents()),
             data: Some(dataset.fingerprint()),
             settings: Some(super::state::fixed(settings).to_string()),
+            ranks: Some(ranks.size()),
             ..RunState::default()
         };
         Self {
@@ -125,7 +126,7 @@ impl<'a> Run<'a> {
             Progress::Stopped => {
                 self.save()?;
                 let stopped = |files: &Files| Outcome::Stopped {
-                    folder: files.path().to_path_buf(),
+                    command: self.ranks.to_resume(files.path()),
                     phase: self.phase(),
                     step: self.state.step,
                 };
@@ -133,7 +134,10 @@ impl<'a> Run<'a> {
             }
         });
         ended.map_err(|error| match &self.files {
-            Some(files) => cut_short(error, &files.folder, self.state.best.as_ref().map(|best| best.step)),
+            Some(files) => {
+                let best = self.state.best.as_ref().map(|best| best.step);
+                cut_short(error, &*self.ranks, &files.folder, best)
+            }
             None => error,
         })
     }
@@ -269,7 +273,7 @@ impl<'a> Run<'a> {
     /// Whether `done` is a multiple of `--evaluate-every` epochs, or 0. Not shortly before the end of a cosine schedule;
     /// other schedules do not depend on the number of steps, and a longer run would evaluate there, too.
     fn evaluates_between(&self, done: usize) -> bool {
-        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
+        let every = self.settings.evaluate_every.unwrap_or(0) * self.sampler.steps_per_epoch();
         let ends = self.settings.optimizer.schedule == ScheduleKind::Cosine;
         let enough = ends && 4 * (self.settings.steps - done) < every;
         done == 0 || every > 0 && done.is_multiple_of(every) && !enough
@@ -280,7 +284,7 @@ impl<'a> Run<'a> {
     /// If that was the end of a shorter run, its last evaluation is removed from metrics.jsonl, unless this run evaluates
     /// there, too. The checkpoint is written before the file is truncated, so that being killed in between does no harm.
     pub fn go_on(&mut self, state: RunState) -> Result<()> {
-        self.state = RunState { settings: self.state.settings.take(), ..state };
+        self.state = RunState { settings: self.state.settings.take(), ranks: self.state.ranks, ..state };
         let done = self.state.step;
         if self.state.evaluated != Some(done) {
             return Ok(());
@@ -508,7 +512,7 @@ impl<'a> Run<'a> {
 
 /// The error of an interrupted run, with advice: how to resume it, or for a diverged run the weights of its
 /// best evaluation, which was after `best` steps, if any.
-fn cut_short(error: Error, folder: &RunFolder, best: Option<usize>) -> Error {
+fn cut_short(error: Error, ranks: &dyn Collective, folder: &RunFolder, best: Option<usize>) -> Error {
     match error {
         Error::Diverged(reason) => Error::Diverged(match best {
             Some(step) => {
@@ -522,7 +526,7 @@ fn cut_short(error: Error, folder: &RunFolder, best: Option<usize>) -> Error {
         | Error::Image { .. }
         | Error::Lost(_)
         | Error::Rank { .. } => {
-            Error::Interrupted { cause: Box::new(error), folder: folder.path().to_path_buf() }
+            Error::Interrupted { cause: Box::new(error), command: ranks.to_resume(folder.path()) }
         }
         other => other,
     }
@@ -535,7 +539,7 @@ mod tests {
     #[test]
     fn a_diverged_run_names_its_weights_and_any_other_how_it_goes_on() {
         let folder = RunFolder::at(Path::new("run"));
-        let said = |error, best| cut_short(error, &folder, best).to_string();
+        let said = |error, best| cut_short(error, &ranks::One, &folder, best).to_string();
         let diverged = || Error::Diverged("NaN".into());
         assert_eq!(
             said(diverged(), Some(3)),
