@@ -74,6 +74,8 @@ const TRAIN: &[(&str, &str)] = &[
     ("--smallest-crop 0", "smallest-crop"),
     ("--smallest-crop 1.5", "smallest-crop"),
     ("--smallest-crop NaN", "smallest-crop"),
+    ("--flip 1.5", "--flip 1.5"),
+    ("--jitter 1", "--jitter 1"),
     ("--steps 0", "--steps 0 is out of range"),
     ("--steps -1", "'-1' for '--steps"),
     ("--width -4", "'-4' for '--width"),

@@ -55,6 +55,20 @@ fn same_seed_gives_the_same_run_whatever_the_thread_count() {
 }
 
 #[test]
+fn pictures_are_mirrored_and_coloured_as_asked() {
+    let place = tempfile::tempdir().unwrap();
+    let first_loss = |flags: &str| {
+        let run = place.path().join(format!("run{flags}"));
+        small_run(&run, 1).args(flags.split_whitespace()).assert().success();
+        records(&run).0[0].loss
+    };
+    let plain = first_loss("--flip 0 --jitter 0");
+    assert_ne!(plain, first_loss("--flip 1 --jitter 0"));
+    assert_ne!(plain, first_loss("--flip 0 --jitter 0.5"));
+    assert_eq!(first_loss(""), first_loss("--flip 0.5 --jitter 0.2"));
+}
+
+#[test]
 fn every_loss_and_mining_trains() {
     let place = tempfile::tempdir().unwrap();
     for loss in ["soft-contrastive", "contrastive", "multi-similarity"] {

@@ -113,6 +113,8 @@ impl Batches {
         loader.workers = settings.workers;
         loader.rank = (ranks.rank(), ranks.size());
         loader.augment.crop_area = (settings.smallest_crop, 1.0);
+        loader.augment.flip = settings.flip;
+        loader.augment.jitter = settings.jitter;
         let meta = meta_sampler.map(|sampler| {
             let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
             Loader::new(Arc::clone(&dataset.train), sampler.clone(), settings)
