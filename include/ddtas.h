@@ -661,7 +661,8 @@ size_t ddtas_context_device(const struct ddtas_context *context, char *buffer, s
 enum ddtas_status ddtas_workspace_bytes(const struct ddtas_context *context, size_t *bytes);
 
 /**
- * Sets settings to their defaults, the paper's. Pass sizeof(ddtas_settings) for `struct_size`.
+ * Sets settings to their defaults, the paper's, and fields that this library does not know to zero. Pass
+ * sizeof(ddtas_settings) for `struct_size`.
  *
  * # Safety
  * `settings` is NULL or leads to `struct_size` bytes.
