@@ -153,7 +153,8 @@ pub unsafe extern "C" fn ddtas_context_device(
     name.len()
 }
 
-/// Writes the bytes that the context's workspace holds now.
+/// Writes the bytes that the context's workspace holds now. Except for kept pairs, it stays as large as the
+/// largest batch so far needed it: to free it, destroy the context and make another.
 ///
 /// # Safety
 /// Every pointer is NULL or leads to what its type says.

@@ -52,8 +52,9 @@ static void contexts(void) {
     options = (ddtas_context_options){.struct_size = 3};
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_STRUCT_SIZE);
 
-    /* A budget of one byte keeps nothing and computes the same; NULL options are the defaults. */
-    options = (ddtas_context_options){.struct_size = sizeof options, .device = "cpu", .workspace_bytes = 1};
+    /* TF32 is a permission, which the CPU makes no use of; a budget of one byte keeps nothing and computes the same; NULL options are the defaults. */
+    options = (ddtas_context_options){
+        .struct_size = sizeof options, .device = "cpu", .workspace_bytes = 1, .allow_tf32 = 1};
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_OK);
     ddtas_loss_result small = {.struct_size = sizeof small};
     CHECK(ddtas_loss(made, NULL, &f.view, NULL, &small) == DDTAS_STATUS_OK);
@@ -256,6 +257,13 @@ static void contents(void) {
         f.rows[(COUNT - 1) * DIM + d] = 0;
     REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 59");
     untouched();
+    /* Ignored rows are checked too; any direction will do. */
+    f.labels[COUNT - 1] = -1;
+    memset(f.rows + (COUNT - 1) * DIM, 0, DIM * sizeof *f.rows);
+    REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 59");
+    f.rows[(COUNT - 1) * DIM] = -1;
+    CHECK(loss(NULL) == DDTAS_STATUS_OK);
+    again();
     static fixture bank;
     fill(&bank, 2);
     bank.rows[0] = NAN;

@@ -170,6 +170,20 @@ fn auto_is_the_device_that_programs_take() {
 }
 
 #[test]
+#[cfg(not(feature = "cuda"))]
+fn a_build_without_gpus_says_how_to_install_one_with_them() {
+    let options = ContextOptions { device: c"cuda".as_ptr(), ..unsafe { std::mem::zeroed() } };
+    let options = ContextOptions { struct_size: size_of::<ContextOptions>(), ..options };
+    let (mut context, mut message) = (std::ptr::null_mut(), [0u8; 256]);
+    let status = unsafe {
+        ddtas_context_create(&raw const options, &raw mut context, message.as_mut_ptr().cast(), message.len())
+    };
+    let message = std::ffi::CStr::from_bytes_until_nul(&message).unwrap().to_str().unwrap();
+    assert_eq!(status, Status::Unavailable);
+    assert!(message.ends_with("with `packaging/install.sh PREFIX cuda`"), "{message}");
+}
+
+#[test]
 fn a_device_without_memory_of_its_own_refuses_device_rows() {
     let case = cases::golden().remove(0);
     let mut abi = Abi::open("cpu", 1, 0, Memory::Device);
