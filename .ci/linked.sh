@@ -23,8 +23,9 @@ if ! command -v cmake >/dev/null; then
     PATH=$PWD/$tools/bin:$PATH
 fi
 
-say "install"
-packaging/install.sh "$prefix"
+say "install: from a target folder of its own, to a path with characters that sed knows; then the tree is moved"
+CARGO_BUILD_TARGET_DIR=$PWD/target/linked-build packaging/install.sh "$work/first & | only"
+mv "$work/first & | only" "$prefix"
 export PKG_CONFIG_PATH=$prefix/lib/pkgconfig
 pkg-config --exact-version="$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)" ddtas
 
@@ -33,6 +34,7 @@ grep -o 'ddtas_[a-z_]*(' include/ddtas.h | tr -d '(' | sort -u >"$work/header"
 nm --dynamic --defined-only --format=just-symbols "$prefix/lib/libddtas.so" | sort -u >"$work/exported"
 diff "$work/header" "$work/exported"
 readelf -d "$prefix/lib/libddtas.so" | grep -q "SONAME.*libddtas.so.$(sed -n 's/^#define DDTAS_ABI_VERSION //p' include/ddtas.h)"
+readelf -d "$prefix/lib/libddtas.so" | grep -q 'Flags:.*NODELETE'
 ls -l "$prefix"/lib/libddtas.*
 
 say "the header alone, as C11 and as C++"
@@ -50,6 +52,22 @@ cmake -S examples/cpp -B "$work/cpp" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_BUILD
 cmake --build "$work/cpp" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1; }
 "$work/cpp/memory_bank"
 "$work/cpp/memory_bank_static" | diff - <("$work/cpp/memory_bank")
+
+say "the archive in a shared library by CMake, which exports none of its symbols, and in a static program by pkg-config"
+mkdir "$work/plugin"
+cat >"$work/plugin/CMakeLists.txt" <<END
+cmake_minimum_required(VERSION 3.16)
+project(plugin C)
+find_package(ddtas 0.1 REQUIRED)
+add_library(plugin SHARED $PWD/examples/c/loss.c)
+target_link_libraries(plugin PRIVATE ddtas::static)
+END
+cmake -S "$work/plugin" -B "$work/plugin" -DCMAKE_PREFIX_PATH="$prefix" >"$work/cmake.log"
+cmake --build "$work/plugin" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1; }
+nm --dynamic --defined-only --format=just-symbols "$work/plugin/libplugin.so" | diff - <(echo main)
+# shellcheck disable=SC2046
+gcc -static examples/c/loss.c $(pkg-config --static --cflags --libs ddtas) -Wl,--no-warnings -o "$work/static"
+"$work/static" | diff - <("$work/c/loss")
 
 say "examples in Rust"
 for example in loss reference_blocks chunked_batch; do cargo run --release --quiet -p ddtas --example "$example"; done

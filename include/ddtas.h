@@ -230,7 +230,8 @@ typedef struct ddtas_context_options {
     int32_t stream_mode;
     /**
      * If not 0, a GPU multiplies float rows with TF32's precision, in a third of the work or less: entries
-     * rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float.
+     * rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float. It
+     * permits and does not demand: the CPU, whether named or found by "auto", always computes in float.
      */
     int32_t allow_tf32;
 } ddtas_context_options;
@@ -298,7 +299,8 @@ typedef struct ddtas_rows {
      */
     const void *embeddings;
     /**
-     * `count` labels. A row with a negative label takes part in no pair.
+     * `count` labels. A row with a negative label takes part in no pair; a loss checks it all the same: fill
+     * it with a unit vector, any one, rather than zeros.
      */
     const int64_t *labels;
     /**
@@ -392,11 +394,11 @@ typedef struct ddtas_loss_result {
      */
     double dloss_dlambda_neg;
     /**
-     * The positive tolerance in force, after adaptation.
+     * The positive tolerance in force, after adaptation; +inf with DDTAS_MINING_MODE_NONE.
      */
     double gamma_pos;
     /**
-     * The negative tolerance in force, after adaptation.
+     * The negative tolerance in force, likewise.
      */
     double gamma_neg;
     /**
@@ -459,11 +461,11 @@ typedef struct ddtas_loss_scalars {
      */
     double mean_neg;
     /**
-     * The positive tolerance in force, after adaptation.
+     * The positive tolerance in force, after adaptation; +inf with DDTAS_MINING_MODE_NONE.
      */
     double gamma_pos;
     /**
-     * The negative tolerance in force, after adaptation.
+     * The negative tolerance in force, likewise.
      */
     double gamma_neg;
     /**
@@ -653,7 +655,8 @@ size_t ddtas_context_message(const struct ddtas_context *context, char *buffer, 
 size_t ddtas_context_device(const struct ddtas_context *context, char *buffer, size_t bytes);
 
 /**
- * Writes the bytes that the context's workspace holds now.
+ * Writes the bytes that the context's workspace holds now. Except for kept pairs, it stays as large as the
+ * largest batch so far needed it: to free it, destroy the context and make another.
  *
  * # Safety
  * Every pointer is NULL or leads to what its type says.
@@ -661,7 +664,8 @@ size_t ddtas_context_device(const struct ddtas_context *context, char *buffer, s
 enum ddtas_status ddtas_workspace_bytes(const struct ddtas_context *context, size_t *bytes);
 
 /**
- * Sets settings to their defaults, the paper's. Pass sizeof(ddtas_settings) for `struct_size`.
+ * Sets settings to their defaults, the paper's, and fields that this library does not know to zero. Pass
+ * sizeof(ddtas_settings) for `struct_size`.
  *
  * # Safety
  * `settings` is NULL or leads to `struct_size` bytes.

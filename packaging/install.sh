@@ -21,14 +21,16 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 abi=$(sed -n 's/^#define DDTAS_ABI_VERSION \([0-9]*\)$/\1/p' include/ddtas.h)
 soname=libddtas.so.$abi
 shared=$soname.$version
-cargo rustc --release -p ddtas --lib --no-default-features --features "$features" \
-    --crate-type staticlib,cdylib -- -C "link-arg=-Wl,-soname,$soname"
-built=${CARGO_TARGET_DIR:-target}/release
-# System libraries that Rust's standard library needs when linked statically.
-system_libraries="-lgcc_s -lpthread -lm -ldl -lc"
+# `nodelete`: threads of the caller have thread-local variables of the library, whose keys an unloaded library would not give
+# back. Cargo is asked where it wrote the libraries, since the environment and its configuration can move its target folder.
+built=$(cargo rustc --release -p ddtas --lib --no-default-features --features "$features" \
+    --message-format=json-render-diagnostics --crate-type staticlib,cdylib \
+    -- -C "link-arg=-Wl,-soname,$soname" -C link-arg=-Wl,-z,nodelete | sed -n 's|.*"\([^"]*\)/libddtas\.so".*|\1|p')
+# System libraries that Rust's standard library needs when linked statically; gcc adds its own for unwinding.
+system_libraries="-lpthread -lm -ldl -lc"
 
 fill() {
-    sed -e "s|@PREFIX@|$prefix|g" -e "s|@VERSION@|$version|g" -e "s|@MAJOR_MINOR@|${version%.*}|g" \
+    sed -e "s|@VERSION@|$version|g" -e "s|@MAJOR_MINOR@|${version%.*}|g" \
         -e "s|@SHARED@|$shared|g" -e "s|@SONAME@|$soname|g" \
         -e "s|@SYSTEM_LIBRARIES@|${2:-$system_libraries}|g" "packaging/$1.in"
 }

@@ -8,7 +8,7 @@ use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, ref
 use ddtas_cases::random::{Draw, compare, draw, tangent};
 use ddtas_cases::{self as cases, Expected, Report, SINGLE_PRECISION};
 use half::{bf16, f16};
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Axis, s};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -195,6 +195,53 @@ fn memory_is_linear_in_the_batch() {
     };
     let (few, many) = (bytes(3_000), bytes(12_000));
     assert!(many < 4.2 * few, "{few} bytes for 3,000 rows, {many} for 12,000");
+}
+
+#[test]
+fn a_backend_prints_its_sizes_and_keeps_the_memory_of_rows() {
+    let (rows, labels) =
+        draw(Draw { rows: 600, dim: 256, classes: 60, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output).unwrap();
+    assert_eq!((output.gamma_pos, output.gamma_neg), (f64::INFINITY, f64::INFINITY));
+    let bytes = backend.workspace_bytes();
+    let text = format!("{backend:?}");
+    assert!(text.len() < 1000 && text.contains(&format!("workspace_bytes: {bytes},")), "{text}");
+    backend.loss(&Batch::square(rows.slice(s![..9, ..]), &labels[..9]), &settings, &mut output).unwrap();
+    assert!(backend.workspace_bytes() > size_of_val(rows.as_slice().unwrap()), "the rows' memory stays");
+}
+
+#[test]
+fn a_total_divides_the_loss_of_a_square_batch() {
+    let (rows, labels) =
+        draw(Draw { rows: 64, dim: 16, classes: 12, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let batch = Batch::square(rows.view(), &labels);
+    let [whole, half] = [None, Some(128)].map(|total| {
+        let mut output = LossOutput::default();
+        let batch = Batch { total, ..batch };
+        CpuBackend::new().loss(&batch, &LossSettings::default(), &mut output).unwrap();
+        output
+    });
+    assert!(whole.active > 0 && whole.gradient.iter().any(|x| *x != 0.0));
+    let halved = LossOutput {
+        loss: half.loss * 2.0,
+        dloss_dlambda_pos: half.dloss_dlambda_pos * 2.0,
+        dloss_dlambda_neg: half.dloss_dlambda_neg * 2.0,
+        gradient: half.gradient * 2.0,
+        ..half
+    };
+    assert_eq!(halved, whole);
+}
+
+#[test]
+fn a_setting_out_of_range_is_named_briefly() {
+    for (alpha, text) in
+        [(1e308, "1e308"), (-1e-320, "-1e-320"), (0.0, "0"), (f64::NAN, "NaN"), (1e5, "100000")]
+    {
+        let refused = LossSettings { alpha, ..LossSettings::default() }.validate().unwrap_err();
+        assert_eq!(refused.to_string(), format!("alpha = {text} is out of range: above 0, at most 10000"));
+    }
 }
 
 #[test]

@@ -191,7 +191,8 @@ pub trait Backend: Send {
         work(&mut Unprepared { backend: self, gallery: gallery.view() })
     }
 
-    /// Bytes the workspace holds now.
+    /// Bytes the workspace holds now. Except for kept pairs, it stays as large as the largest batch so far needed
+    /// it: to free it, drop the backend and make another.
     fn workspace_bytes(&self) -> usize;
 }
 

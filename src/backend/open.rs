@@ -75,7 +75,8 @@ pub fn auto() -> AutoDevice {
 /// How a backend is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OpenOptions {
-    /// Multiplies f32 rows with TF32's precision: rounded to 11 significant bits, products summed in f32.
+    /// Multiplies f32 rows with TF32's precision: rounded to 11 significant bits, products summed in f32. The
+    /// CPU refuses it, unlike `allow_tf32` of C and Python, which permits it only.
     pub tf32: bool,
     /// Most bytes kept between the passes; `None`: the backend's default.
     pub budget: Option<usize>,

@@ -31,6 +31,19 @@ pub fn check_typed<T>(name: &str, address: *const T) -> Outcome<()> {
     check_pointer(name, address.cast(), align_of::<T>())
 }
 
+/// Refuses a struct_size that no version of the header has. Every sizeof is a multiple of the alignment, and
+/// no field is larger than that: what passes does not end inside a field, a pointer perhaps.
+pub fn check_size<T: Versioned>(size: usize) -> Outcome<()> {
+    if (T::FIRST_BYTES..=LARGEST_STRUCT).contains(&size) && size.is_multiple_of(align_of::<T>()) {
+        return Ok(());
+    }
+    Err(wrong_size::<T>(size, &format!("set it to sizeof({}), here {}", T::NAME, size_of::<T>())))
+}
+
+fn wrong_size<T: Versioned>(size: usize, why: &str) -> Failure {
+    Failure::new(Status::StructSize, format!("{}.struct_size = {size}: {why}", T::NAME))
+}
+
 /// Reads a struct of any version: fields that the caller's header lacks get their initial value; fields that
 /// this library does not know must be zero, that is unused.
 ///
@@ -41,13 +54,7 @@ pub unsafe fn read<T: Versioned>(pointer: *const T) -> Outcome<T> {
     check_typed(T::NAME, pointer)?;
     // SAFETY: the caller's promise; `check_typed` checked the alignment.
     let size = unsafe { pointer.cast::<usize>().read() };
-    let refused = |why| {
-        let message = format!("{}.struct_size = {size}: {why}", T::NAME);
-        Err(Failure::new(Status::StructSize, message))
-    };
-    if !(T::FIRST_BYTES..=LARGEST_STRUCT).contains(&size) {
-        return refused(format!("set it to sizeof({}), here {}", T::NAME, size_of::<T>()));
-    }
+    check_size::<T>(size)?;
     let known = size.min(size_of::<T>());
     let mut value = T::initial();
     // SAFETY: both are at least `known` bytes long, and any bits make a `T`.
@@ -55,10 +62,9 @@ pub unsafe fn read<T: Versioned>(pointer: *const T) -> Outcome<T> {
     // SAFETY: the caller's promise: `size` bytes.
     let newer = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known) };
     if newer.iter().any(|&byte| byte != 0) {
-        return refused(format!(
-            "the program uses a field that this version, {}, lacks",
-            env!("CARGO_PKG_VERSION")
-        ));
+        let why =
+            concat!("the program uses a field that this version, ", env!("CARGO_PKG_VERSION"), ", lacks");
+        return Err(wrong_size::<T>(size, why));
     }
     Ok(value)
 }

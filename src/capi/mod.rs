@@ -153,7 +153,8 @@ pub unsafe extern "C" fn ddtas_context_device(
     name.len()
 }
 
-/// Writes the bytes that the context's workspace holds now.
+/// Writes the bytes that the context's workspace holds now. Except for kept pairs, it stays as large as the
+/// largest batch so far needed it: to free it, destroy the context and make another.
 ///
 /// # Safety
 /// Every pointer is NULL or leads to what its type says.
@@ -169,7 +170,8 @@ pub unsafe extern "C" fn ddtas_workspace_bytes(context: *const Context, bytes: *
     unsafe { enter(context, work) }
 }
 
-/// Sets settings to their defaults, the paper's. Pass sizeof(ddtas_settings) for `struct_size`.
+/// Sets settings to their defaults, the paper's, and fields that this library does not know to zero. Pass
+/// sizeof(ddtas_settings) for `struct_size`.
 ///
 /// # Safety
 /// `settings` is NULL or leads to `struct_size` bytes.
@@ -177,19 +179,13 @@ pub unsafe extern "C" fn ddtas_workspace_bytes(context: *const Context, bytes: *
 pub unsafe extern "C" fn ddtas_settings_init(settings: *mut Settings, struct_size: usize) -> Status {
     let initialised = guard(|| {
         check_typed("settings", settings.cast_const())?;
-        if !(Settings::FIRST_BYTES..=size_of::<Settings>()).contains(&struct_size) {
-            let message = format!("struct_size = {struct_size}: set it to sizeof(ddtas_settings)");
-            return Err(Failure::new(Status::StructSize, message));
-        }
-        let initial = Settings { struct_size, ..Settings::initial() };
-        // SAFETY: the caller's promise: as many bytes, and no more than a `Settings` has.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                (&raw const initial).cast::<u8>(),
-                settings.cast::<u8>(),
-                struct_size,
-            );
-        };
+        input::check_size::<Settings>(struct_size)?;
+        // SAFETY: the caller's promise: as many bytes.
+        unsafe { settings.cast::<u8>().write_bytes(0, struct_size) };
+        // SAFETY: as above; the alignment was checked.
+        unsafe { settings.cast::<usize>().write(struct_size) };
+        // SAFETY: `read` would accept what is there now.
+        unsafe { input::write_back(settings, &Settings { struct_size, ..Settings::initial() }) };
         Ok(())
     });
     initialised.map_or_else(|failure| failure.status, |()| Status::Ok)

@@ -158,7 +158,8 @@ pub struct ContextOptions {
     /// A ddtas_stream_mode.
     pub stream_mode: i32,
     /// If not 0, a GPU multiplies float rows with TF32's precision, in a third of the work or less: entries
-    /// rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float.
+    /// rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float. It
+    /// permits and does not demand: the CPU, whether named or found by "auto", always computes in float.
     pub allow_tf32: i32,
 }
 
@@ -198,7 +199,8 @@ pub struct Rows {
     pub struct_size: usize,
     /// `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm.
     pub embeddings: *const c_void,
-    /// `count` labels. A row with a negative label takes part in no pair.
+    /// `count` labels. A row with a negative label takes part in no pair; a loss checks it all the same: fill
+    /// it with a unit vector, any one, rather than zeros.
     pub labels: *const i64,
     /// Number of rows: 1 to 2^31 - 1; 0 for a part without anchors, whose embeddings and labels may be NULL.
     pub count: usize,
@@ -250,9 +252,9 @@ pub struct LossResult {
     pub dloss_dlambda_pos: f64,
     /// dL/d(lambda_neg).
     pub dloss_dlambda_neg: f64,
-    /// The positive tolerance in force, after adaptation.
+    /// The positive tolerance in force, after adaptation; +inf with DDTAS_MINING_MODE_NONE.
     pub gamma_pos: f64,
-    /// The negative tolerance in force, after adaptation.
+    /// The negative tolerance in force, likewise.
     pub gamma_neg: f64,
     /// Mean similarity over all positive pairs; NaN if there is none.
     pub mean_pos: f64,

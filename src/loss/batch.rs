@@ -197,7 +197,8 @@ impl OwnedEmbeddings {
     }
 }
 
-/// Embeddings with their labels. A negative label takes the row out of every pair.
+/// Embeddings with their labels. A negative label takes the row out of every pair. The check of a loss applies
+/// to such rows too: fill them with a unit vector, any one, rather than zeros.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
     /// The matrix, `[rows, dim]`, rows of unit L2 norm.
@@ -278,7 +279,8 @@ pub struct Batch<'a> {
     pub identity: Identity<'a>,
     /// Rectangular form only: also compute dL/d(references).
     pub reference_gradient: bool,
-    /// B of the factor 1/B if these anchors are a part of a batch; `None`: the number of anchors.
+    /// B of the factor 1/B if these anchors are a part of a batch; `None`: the number of anchors. For the loss
+    /// of a whole batch, square or not, it scales loss and gradients and changes nothing else.
     pub total: Option<usize>,
     /// Whether rows are checked first.
     pub check: UnitCheck,

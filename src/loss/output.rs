@@ -14,9 +14,10 @@ pub struct LossOutput {
     pub gradient: Array2<f32>,
     /// dL/d(references), `[N, D]`, if the batch asked for it.
     pub reference_gradient: Option<Array2<f32>>,
-    /// The positive tolerance in force, after adaptation (SPEC 3).
+    /// The positive tolerance in force, after adaptation (SPEC 3); `+inf` with
+    /// [`Mining::None`](super::Mining::None).
     pub gamma_pos: f64,
-    /// The negative tolerance in force, after adaptation.
+    /// The negative tolerance in force, likewise.
     pub gamma_neg: f64,
     /// Negatives that passed the probe, over all anchors.
     pub probe_neg: u64,

@@ -17,9 +17,9 @@ pub struct LossScalars {
     pub mean_pos: f64,
     /// Mean similarity over all negative pairs; NaN if there is none.
     pub mean_neg: f64,
-    /// The positive tolerance in force, after adaptation.
+    /// The positive tolerance in force, after adaptation; +inf with DDTAS_MINING_MODE_NONE.
     pub gamma_pos: f64,
-    /// The negative tolerance in force, after adaptation.
+    /// The negative tolerance in force, likewise.
     pub gamma_neg: f64,
     /// Negatives that passed the probe.
     pub probe_neg: u64,

@@ -113,7 +113,10 @@ impl LossSettings {
             if (low..=high).contains(&value) {
                 Ok(())
             } else {
-                Err(Error::InvalidSetting { name, value: value.to_string(), range })
+                let digits = value.to_string();
+                // 1e308 would be 309 digits.
+                let value = if digits.len() > 20 { format!("{value:e}") } else { digits };
+                Err(Error::InvalidSetting { name, value, range })
             }
         };
         within("gamma", self.gamma, 0.0, 2.0, "0 to 2")?;

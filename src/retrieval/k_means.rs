@@ -100,6 +100,7 @@ fn check(rows: ArrayView2<'_, f32>) -> Result<()> {
 fn seeds(rows: ArrayView2<'_, f32>, settings: &KMeansSettings) -> Array2<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let mut chosen = vec![rng.random_range(0..rows.nrows())];
+    let mut used = vec![false; rows.nrows()];
     let mut distances = vec![f32::INFINITY; rows.nrows()];
     while chosen.len() < settings.clusters {
         let seed = chosen[chosen.len() - 1];
@@ -112,6 +113,7 @@ fn seeds(rows: ArrayView2<'_, f32>, settings: &KMeansSettings) -> Array2<f32> {
         });
         // A seed is never drawn again, even if rounding leaves it a distance.
         distances[seed] = 0.0;
+        used[seed] = true;
         let sum: f64 = distances.iter().map(|&distance| f64::from(distance)).sum();
         let mut left = rng.random::<f64>() * sum;
         let drawn = distances.iter().position(|&distance| {
@@ -119,7 +121,7 @@ fn seeds(rows: ArrayView2<'_, f32>, settings: &KMeansSettings) -> Array2<f32> {
             distance > 0.0 && left <= 0.0
         });
         // All rows lie on seeds: the rest of the clusters will be empty, or hold duplicates.
-        let unused = || (0..rows.nrows()).find(|row| !chosen.contains(row)).unwrap_or(0);
+        let unused = || used.iter().position(|used| !used).unwrap_or(0);
         chosen.push(drawn.unwrap_or_else(unused));
     }
     rows.select(Axis(0), &chosen)

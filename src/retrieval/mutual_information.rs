@@ -33,8 +33,8 @@ pub fn nmi(
     let kept = KeptRows::new(rows);
     let rows = kept.rows();
     let Embeddings::F32(values) = rows.embeddings else {
-        let (value, range) = ("16-bit rows".into(), "float32 rows, for k-means");
-        return Err(Error::InvalidSetting { name: "rows", value, range });
+        let (value, range) = (rows.embeddings.element_type().to_string(), "k-means takes f32 alone");
+        return Err(Error::InvalidSetting { name: "type of the rows", value, range });
     };
     if rows.labels.is_empty() {
         return Ok(1.0);
@@ -98,6 +98,14 @@ mod tests {
         let rows = array![[1.0f32, 0.0], [0.0, 1.0]];
         let ignored = Rows::new(rows.view(), &[-1, -2]);
         assert_eq!(nmi(&mut CpuBackend::new(), &ignored, NMI_STEPS, 0, &mut |_| {}).unwrap(), 1.0);
+    }
+
+    #[test]
+    fn rows_of_another_type_are_refused_by_its_name() {
+        let rows = array![[half::bf16::ONE, half::bf16::ZERO]];
+        let refused = nmi(&mut CpuBackend::new(), &Rows::new(rows.view(), &[0]), 1, 0, &mut |_| {});
+        let wanted = "type of the rows = bf16 is out of range: k-means takes f32 alone";
+        assert_eq!(refused.unwrap_err().to_string(), wanted);
     }
 
     #[test]

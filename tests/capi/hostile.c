@@ -52,8 +52,9 @@ static void contexts(void) {
     options = (ddtas_context_options){.struct_size = 3};
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_STRUCT_SIZE);
 
-    /* A budget of one byte keeps nothing and computes the same; NULL options are the defaults. */
-    options = (ddtas_context_options){.struct_size = sizeof options, .device = "cpu", .workspace_bytes = 1};
+    /* TF32 is a permission, which the CPU makes no use of; a budget of one byte keeps nothing and computes the same; NULL options are the defaults. */
+    options = (ddtas_context_options){
+        .struct_size = sizeof options, .device = "cpu", .workspace_bytes = 1, .allow_tf32 = 1};
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_OK);
     ddtas_loss_result small = {.struct_size = sizeof small};
     CHECK(ddtas_loss(made, NULL, &f.view, NULL, &small) == DDTAS_STATUS_OK);
@@ -164,8 +165,9 @@ static void sizes(void) {
 }
 
 static void struct_sizes(void) {
-    /* The third: a byte less than ddtas_rows of the first header; too small for the other structs too. */
-    size_t bad[] = {0, 1, offsetof(ddtas_rows, identity) - 1, 4097, SIZE_MAX};
+    /* The third: a byte less than ddtas_rows of the first header; too small for the other structs too.
+     * Those behind it end inside a field, of a struct of this header or of a newer one. */
+    size_t bad[] = {0, 1, offsetof(ddtas_rows, identity) - 1, sizeof(ddtas_rows) - 1, 1001, 4092, 4097, SIZE_MAX};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         f.view.struct_size = bad[i];
         REFUSED(context, loss(NULL), DDTAS_STATUS_STRUCT_SIZE, "ddtas_rows.struct_size");
@@ -182,7 +184,23 @@ static void struct_sizes(void) {
     ddtas_settings settings;
     CHECK(ddtas_settings_init(NULL, sizeof settings) == DDTAS_STATUS_NULL_POINTER);
     CHECK(ddtas_settings_init(&settings, 8) == DDTAS_STATUS_STRUCT_SIZE);
-    CHECK(ddtas_settings_init(&settings, sizeof settings + 8) == DDTAS_STATUS_STRUCT_SIZE);
+    CHECK(ddtas_settings_init(&settings, sizeof settings - 4) == DDTAS_STATUS_STRUCT_SIZE);
+    CHECK(ddtas_settings_init(&settings, 4104) == DDTAS_STATUS_STRUCT_SIZE);
+
+    /* Half of a pointer is not read through. */
+    ddtas_rows bank = f.view;
+    bank.identity = DDTAS_IDENTITY_LIST;
+    uint32_t list[COUNT] = {0};
+    bank.identity_list = list;
+    for (size_t size = offsetof(ddtas_rows, identity_list) + 1; size < sizeof bank; size++) {
+        bank.struct_size = size;
+        REFUSED(context, ddtas_loss(context, NULL, &f.view, &bank, &f.result), DDTAS_STATUS_STRUCT_SIZE,
+                "ddtas_rows.struct_size");
+        untouched();
+    }
+    bank.struct_size = offsetof(ddtas_rows, identity_list);
+    REFUSED(context, ddtas_loss(context, NULL, &f.view, &bank, &f.result), DDTAS_STATUS_NULL_POINTER, "identity_list");
+    untouched();
 }
 
 static void values(void) {
@@ -239,6 +257,13 @@ static void contents(void) {
         f.rows[(COUNT - 1) * DIM + d] = 0;
     REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 59");
     untouched();
+    /* Ignored rows are checked too; any direction will do. */
+    f.labels[COUNT - 1] = -1;
+    memset(f.rows + (COUNT - 1) * DIM, 0, DIM * sizeof *f.rows);
+    REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 59");
+    f.rows[(COUNT - 1) * DIM] = -1;
+    CHECK(loss(NULL) == DDTAS_STATUS_OK);
+    again();
     static fixture bank;
     fill(&bank, 2);
     bank.rows[0] = NAN;

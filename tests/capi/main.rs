@@ -170,6 +170,20 @@ fn auto_is_the_device_that_programs_take() {
 }
 
 #[test]
+#[cfg(not(feature = "cuda"))]
+fn a_build_without_gpus_says_how_to_install_one_with_them() {
+    let options = ContextOptions { device: c"cuda".as_ptr(), ..unsafe { std::mem::zeroed() } };
+    let options = ContextOptions { struct_size: size_of::<ContextOptions>(), ..options };
+    let (mut context, mut message) = (std::ptr::null_mut(), [0u8; 256]);
+    let status = unsafe {
+        ddtas_context_create(&raw const options, &raw mut context, message.as_mut_ptr().cast(), message.len())
+    };
+    let message = std::ffi::CStr::from_bytes_until_nul(&message).unwrap().to_str().unwrap();
+    assert_eq!(status, Status::Unavailable);
+    assert!(message.ends_with("with `packaging/install.sh PREFIX cuda`"), "{message}");
+}
+
+#[test]
 fn a_device_without_memory_of_its_own_refuses_device_rows() {
     let case = cases::golden().remove(0);
     let mut abi = Abi::open("cpu", 1, 0, Memory::Device);
@@ -209,4 +223,43 @@ fn a_newer_header_is_understood_until_it_uses_what_is_new() {
     assert_eq!(run(0.0), (Status::Ok, output.loss));
     assert_eq!(run(1.0), (Status::StructSize, 0.0));
     assert!(abi.message().contains("ddtas_settings.struct_size"), "{}", abi.message());
+
+    let dirty = Settings {
+        struct_size: 77,
+        mining: 77,
+        gamma: 77.0,
+        ..settings_of(&case.settings, UnitCheck::Check)
+    };
+    let mut newer = Newer { settings: dirty, added: 77.0 };
+    let status = unsafe { ddtas_settings_init((&raw mut newer).cast(), size_of::<Newer>()) };
+    assert_eq!((status, newer.settings.struct_size, newer.added), (Status::Ok, size_of::<Newer>(), 0.0));
+    let paper = LossSettings::default();
+    assert_eq!((newer.settings.mining, newer.settings.gamma), (MiningMode::AtAsms as i32, paper.gamma));
+    assert_eq!(newer.settings.lambda_neg, paper.lambda_neg);
+}
+
+#[test]
+fn a_struct_size_that_cuts_a_field_is_refused() {
+    let (rows, labels) = random_batch(65);
+    let abi = Abi::open("cpu", 1, 0, Memory::Host);
+    let held = abi.lay(&loss::Rows::new(rows.view(), &labels));
+    let list: Vec<u32> = (0..120).collect();
+    let (identity, identity_list) = (Identity::List as i32, list.as_ptr());
+    let whole = Rows { identity, identity_list, ..held.rows };
+    let run = |rows_size, result_size| {
+        let references = Rows { struct_size: rows_size, ..whole };
+        let mut result = LossResult { struct_size: result_size, ..empty_result() };
+        unsafe {
+            ddtas_loss(abi.handle.0, null(), &raw const held.rows, &raw const references, &raw mut result)
+        }
+    };
+    let (rows_size, result_size) = (size_of::<Rows>(), size_of::<LossResult>());
+    assert_eq!(run(rows_size, result_size), Status::Ok, "{}", abi.message());
+    for missing in 1..8 {
+        assert_eq!(run(rows_size - missing, result_size), Status::StructSize, "{missing}");
+        assert_eq!(run(rows_size, result_size - missing), Status::StructSize, "{missing}");
+    }
+    // The end of a field, which an older header may have had.
+    assert_eq!(run(std::mem::offset_of!(Rows, identity_list), result_size), Status::NullPointer);
+    assert_eq!(run(rows_size, result_size - 8), Status::Ok, "{}", abi.message());
 }

@@ -17,6 +17,7 @@
 //! computed tile by tile, once for both triangles; only a tile's candidates are kept, within a budget, and
 //! tiles beyond it are computed again with the same bits.
 
+use std::fmt;
 use std::sync::Mutex;
 
 use ndarray::ArrayView2;
@@ -70,7 +71,6 @@ pub use times::PassTimes;
 const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
-#[derive(Debug)]
 pub struct CpuBackend {
     level: Level,
     /// Most bytes of kept candidates; `None`: [`BUDGET_OF_A_ROW`] per row.
@@ -84,6 +84,18 @@ pub struct CpuBackend {
     unit: UnitRows,
     remembered: Option<Remembered>,
     times: PassTimes,
+}
+
+/// Without the buffers, which would be megabytes of text.
+impl fmt::Debug for CpuBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CpuBackend")
+            .field("level", &self.level)
+            .field("budget", &self.budget)
+            .field("workspace_bytes", &self.workspace_bytes())
+            .field("remembered", &self.remembered)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Buffers of one thread.

@@ -152,29 +152,30 @@ use cuda as gpu;
 #[cfg(feature = "emulated")]
 use emulated as emulation;
 
-/// The refusal of a device that this build lacks, in the words of [`crate::backend::open`].
+/// The refusal of a device that this build lacks.
 #[cfg(not(all(feature = "cuda", feature = "emulated")))]
-fn refuse(spec: DeviceSpec) -> Outcome<Box<dyn Engine>> {
-    match crate::backend::open(&spec) {
-        Err(error) => Err(error.into()),
-        Ok(backend) => Err(no_device_memory(&backend.name())),
-    }
+fn refuse(feature: &str) -> Outcome<Box<dyn Engine>> {
+    let message = format!(
+        "this build of the library has no backend `{feature}`: build and install one that has it, with \
+         `packaging/install.sh PREFIX {feature}`"
+    );
+    Err(Failure::new(Status::Unavailable, message))
 }
 
 #[cfg(not(feature = "cuda"))]
 mod gpu {
-    use super::{DeviceSpec, Engine, EngineOptions, Outcome};
+    use super::{Engine, EngineOptions, Outcome};
 
-    pub unsafe fn open(index: usize, _options: EngineOptions) -> Outcome<Box<dyn Engine>> {
-        super::refuse(DeviceSpec::Cuda(index))
+    pub unsafe fn open(_index: usize, _options: EngineOptions) -> Outcome<Box<dyn Engine>> {
+        super::refuse("cuda")
     }
 }
 
 #[cfg(not(feature = "emulated"))]
 mod emulation {
-    use super::{DeviceSpec, Engine, EngineOptions, Outcome};
+    use super::{Engine, EngineOptions, Outcome};
 
     pub fn open(_options: EngineOptions) -> Outcome<Box<dyn Engine>> {
-        super::refuse(DeviceSpec::Emulated)
+        super::refuse("emulated")
     }
 }
