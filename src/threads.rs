@@ -4,7 +4,7 @@ use std::error::Error as _;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{AccessError, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -177,19 +177,21 @@ pub fn available() -> usize {
 /// too busy to begin what this thread gave it before.
 pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) {
     const MOST_WAITING: usize = 256;
-    thread_local! { static WAITING: Arc<AtomicUsize> = Arc::default(); }
-    let waiting = WAITING.with(Arc::clone);
-    if waiting.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
-        waiting.fetch_sub(1, Ordering::Relaxed);
+    thread_local! { static WAITING: PerProcess<Arc<AtomicUsize>> = const { PerProcess::empty() } }
+    // A thread that is ending has none any more.
+    let waiting = WAITING.try_with(|waiting| waiting.get_or_make(|| Ok::<_, AccessError>(Arc::default())).cloned());
+    let Ok(Ok(waiting)) = waiting else { return };
+    if waiting.load(Ordering::Relaxed) >= MOST_WAITING {
         return;
     }
-    let work = move || {
+    waiting.fetch_add(1, Ordering::Relaxed);
+    let task = move || {
         waiting.fetch_sub(1, Ordering::Relaxed);
         work();
     };
     match find() {
-        Fallback::Ambient => rayon::spawn(work),
-        Fallback::ForkedPool(threads) => threads.pool.spawn(work),
+        Fallback::Ambient => rayon::spawn(task),
+        Fallback::ForkedPool(threads) => threads.pool.spawn(task),
         Fallback::CallerOnly => {}
     }
 }

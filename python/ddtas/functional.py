@@ -162,7 +162,9 @@ def threshold_gradient(
 
 def single(rows: Matrix) -> Matrix:
     """float64 arrays in float32, in which rows are searched; anything else as it is."""
-    return rows.astype(np.float32) if isinstance(rows, np.ndarray) and rows.dtype == np.float64 else rows
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and rows.dtype.itemsize == 8:
+        return rows.astype(np.float32)
+    return rows
 
 
 def recall_at_k(

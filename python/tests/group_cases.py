@@ -229,8 +229,8 @@ def references_are_the_same_everywhere(world):
     close(loss(rows[own], labels[own], ref_emb=others, ref_labels=other_labels), want.detach())
     if world.size > 1:
         last = world.rank == world.size - 1
-        for changed in ((others.flip(0), other_labels), (others, other_labels.flip(0))):
-            with raises(ValueError, "has references and labels with the checksum"):
+        for changed in ((others.flip(0), other_labels), (others.flip(1), other_labels), (others, other_labels.flip(0))):
+            with raises(ValueError, f"rank {world.size - 1} has other references than rank 0"):
                 given = changed if last else (others, other_labels)
                 loss(rows[own], labels[own], ref_emb=given[0], ref_labels=given[1])
     others[4, 1] = torch.nan
@@ -266,6 +266,8 @@ def own_references_are_gathered_and_get_their_gradient(world):
             rows, labels = batch(8)
             strict = SoftContrastiveLoss(group=world.group, gather_references=True)
             strict(rows, labels, ref_emb=rows[: 8 - last] + 1, ref_labels=labels[: 8 - last])
+        with raises(ValueError, f"rank {world.size - 1}: the references have 7 dimensions, and the anchors 12"):
+            strict(rows, labels, ref_emb=rows[:, : 7 if last else DIM], ref_labels=labels)
 
 
 def memories_are_alike(world):
@@ -478,7 +480,11 @@ def a_group_may_be_named_before_it_exists(world):
     with patched(dist, is_initialized=lambda: False):
         named, early = SoftContrastiveLoss(group="world"), SoftContrastiveLoss(group=None)
         assert "group=world" in repr(named)
+        compiled = torch.compile(copy.deepcopy(named), backend="eager")
+        close(compiled(rows, labels), SoftContrastiveLoss()(rows, labels))
+    assert compiled(rows, labels) == want == pickle.loads(pickle.dumps(named))(rows, labels)
     assert named(rows, labels) == want and f"group={SIZE} processes" in repr(named)
+    assert pickle.loads(pickle.dumps(named))(rows, labels) == copy.deepcopy(named)(rows, labels) == want
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(2):

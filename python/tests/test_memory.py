@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import formula
 import numpy as np
@@ -336,6 +337,19 @@ def test_a_state_dict_of_the_first_version_is_taken_up():
     again = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
     again.load_state_dict(old)
     assert again.filled == 16 and again(*given[1]) == memory(*given[1])
+
+
+def test_the_start_can_be_moved_and_old_pickles_have_one():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=100)
+    rows, labels = next(batches(1, 16, seed=8))
+    memory(rows, labels)
+    memory.start_after = 0
+    memory(rows, labels)
+    assert memory.started and memory.filled == 16
+    memory.start_after = 3
+    assert not memory.started
+    del memory.__dict__["started"]
+    assert not pickle.loads(pickle.dumps(memory)).started
 
 
 def test_a_memory_made_on_the_meta_device_is_empty_or_loaded():

@@ -133,7 +133,7 @@ class OnlyRank:
     def check_device(self, rows):
         pass
 
-    def handshake(self, rows, about, error):
+    def handshake(self, rows, about, error, references):
         raise error
 
 

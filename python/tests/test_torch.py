@@ -259,7 +259,7 @@ def test_a_batch_of_one_kind_of_pairs_is_warned_of_once():
         SoftContrastiveLoss()(embeddings[:0], labels[:0])
         unit = torch.nn.functional.normalize(embeddings)
         SoftContrastiveLoss().loss_of_unit_rows(unit[:3], torch.arange(3), unit[3:6], torch.arange(3, 6))
-    for labels_of_three, message in [((3, 4, 5), "^no anchor has a reference of its class"), ((0, 0, 0), "^all references are")]:
+    for labels_of_three, message in [((3, 4, 5), "^no anchor has a pair with a reference of its class"), ((0, 0, 0), "^all references are")]:
         with pytest.warns(UserWarning, match=message):
             SoftContrastiveLoss()(
                 embeddings[:3], torch.zeros(3).long(), ref_emb=embeddings[3:6], ref_labels=torch.tensor(labels_of_three)
@@ -310,6 +310,23 @@ def test_thresholds_that_are_tensors_are_saved_and_loaded():
         again.load_state_dict({"lambda_neg": state["lambda_neg"]})
     with pytest.raises(ValueError, match="lambda_pos = 3 is out of range"):
         plain.load_state_dict({"lambda_pos": torch.tensor(3.0)})
+    both = SoftContrastiveLoss(lambda_pos=torch.tensor(0.4), lambda_neg=torch.tensor(0.4))
+    with pytest.raises(ValueError, match="lambda_neg = 3 is out of range"):
+        both.load_state_dict({"lambda_pos": torch.tensor(0.5), "lambda_neg": torch.tensor(3.0)})
+    assert both.lambda_pos == torch.tensor(0.4), "nothing was changed"
+    computed = SoftContrastiveLoss(lambda_pos=torch.sigmoid(torch.tensor(0.1, requires_grad=True)))
+    assert not computed.state_dict(), "what it is computed from is saved elsewhere"
+
+
+def test_warnings_ask_no_traced_labels():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    given = (embeddings, labels.abs(), embeddings + 1, labels.abs())
+    want = loss(embeddings, labels.abs(), ref_emb=embeddings + 1, ref_labels=labels.abs())
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda a, b, c, d: loss(a, b, ref_emb=c, ref_labels=d))(*given)
+    assert traced(*given) == want
+    each = torch.func.vmap(lambda a, b: loss(a, b, ref_emb=given[2], ref_labels=b))
+    assert torch.equal(each(torch.stack([embeddings] * 2), torch.stack([given[1]] * 2)), torch.stack([want] * 2))
 
 
 def test_the_world_is_this_process_without_others(monkeypatch):
@@ -318,8 +335,13 @@ def test_the_world_is_this_process_without_others(monkeypatch):
     assert loss(embeddings, labels) == alone(embeddings, labels) > 0 and loss.ranks is None
     assert "group=world" in repr(loss) and "group" not in repr(alone)
     torch._dynamo.reset()
-    compiled = torch.compile(pickle.loads(pickle.dumps(loss)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(pickle.loads(pickle.dumps(loss)), backend="aot_eager")
     assert compiled(embeddings, labels) == alone(embeddings, labels)
+    with pytest.raises(Exception, match="make the loss after init_process_group"):
+        torch.compile(SoftContrastiveLoss(group="world"), fullgraph=True)(embeddings, labels)
+    for alone_too in ("", "0", "1", " 1 "):
+        monkeypatch.setenv("WORLD_SIZE", alone_too)
+        assert loss(embeddings, labels) == alone(embeddings, labels)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match='group="world" of one of several processes: call torch.distributed.init_process_group'):
         loss(embeddings, labels)

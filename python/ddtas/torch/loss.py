@@ -16,7 +16,7 @@ from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
 from .parts import References, loss_of_ranks
-from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, ranks_of, uncompiled, world_exists
+from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, uncompiled, world_exists
 
 Check = bool | Literal["wait"]
 _MEAN_POS, _MEAN_NEG, _TOTAL_POS, _TOTAL_NEG, _IGNORED, _NOT_FINITE = map(
@@ -95,6 +95,12 @@ class SoftContrastiveLoss(nn.Module):
         _setting, ("mining", "gamma", "negative_ratio", "probe_ratio", "tolerance", "alpha", "beta")
     )
 
+    # For modules that were pickled by an earlier version.
+    _world = False
+    _ranks: Ranks | None = None
+    _references: References = "compared"
+    _lacks_group = False
+
     def __init__(
         self,
         alpha: float = 40.0,
@@ -136,18 +142,20 @@ class SoftContrastiveLoss(nn.Module):
         self.normalize_embeddings = normalize_embeddings
         self._check = CHECK_AND_WAIT if check == "wait" else CHECKED if check else UNCHECKED
         check_group(group, gradient)
-        self._ranks: Ranks | None = None
-        self._find_ranks = partial(ranks_of, group, uneven, gradient) if group else None
-        if group != "world":
-            self._join()
-        self._references: References = "gathered" if gather_references else "compared"
+        self._world = group == "world"
+        self._ranks_of = partial(Ranks, uneven=uneven, gradient=gradient)
+        if group and not self._world:
+            self._ranks = self._ranks_of(group)
+        elif self._world and initialized():
+            self._find_world()
+        self._references = "gathered" if gather_references else "compared"
         # As `dist.group.WORLD` is, if it is read too early.
         self._lacks_group = group is None and not initialized()
         self._warned: set[str] = set()
         self._engine = Engine(threads, workspace_budget, allow_tf32)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED:
+        if name in _FIXED and (name == "check" or type(self) is SoftContrastiveLoss):
             raise AttributeError(f"{name} is an argument of SoftContrastiveLoss and cannot be changed later: make a new loss")
         super().__setattr__(name, value)
 
@@ -185,15 +193,21 @@ class SoftContrastiveLoss(nn.Module):
     @property
     def ranks(self) -> Ranks | None:
         """The processes of the group; None if it is this process alone."""
-        if self._find_ranks is not None and world_exists():
-            self._join()
-        return self._ranks
+        if self._world and (self._ranks is None or not torch.compiler.is_compiling()):
+            self._find_world()
+        return self._ranks if self._ranks is not None and self._ranks.size > 1 else None
 
-    @uncompiled
-    def _join(self) -> None:
-        """Looks up the processes of the group, which must exist."""
-        if self._find_ranks is not None:
-            self._ranks, self._find_ranks = self._find_ranks(), None
+    @partial(uncompiled, reason='group="world" is looked up outside compiled graphs: make the loss after init_process_group')
+    def _find_world(self) -> None:
+        """Looks up all processes, which may be others than before, or not exist yet."""
+        world = dist.group.WORLD if world_exists() else None
+        if self._ranks is None or self._ranks.group is not world:
+            self._ranks = None if world is None else self._ranks_of(world)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all processes are looked up again, any other group cannot be pickled."""
+        found = self._ranks is not None and (self._world or self._ranks.size == 1)
+        return self.__dict__ | {"_ranks": None} if found else self.__dict__
 
     @property
     def checks(self) -> bool:
@@ -274,7 +288,7 @@ class SoftContrastiveLoss(nn.Module):
             self._engine.key,
             None if ranks is None else partial(loss_of_ranks, ranks, kind_of_references=of_references),
         )
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _traced():
             last = self._engine.last
             if self._lacks_group:
                 self._warn_of_no_group()
@@ -320,35 +334,31 @@ class SoftContrastiveLoss(nn.Module):
         """Also loads the thresholds, in place where they are tensors; a saved tensor in place of a number becomes the number."""
         super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, *rest)
         tensors = self._tensor_thresholds()
-        for name in THRESHOLDS:
-            key = prefix + name
-            if name in self._parameters:
-                continue
-            if key not in state_dict:
-                if strict and name in tensors:
-                    missing.append(key)
-                continue
-            if key in unexpected:
-                unexpected.remove(key)
-            value = _number(state_dict[key])
-            changed: Any = {name: value}
-            dataclasses.replace(self._settings, **changed)  # raises if it is out of range
-            if name not in tensors:
+        others = [name for name in THRESHOLDS if name not in self._parameters and name not in self._buffers]
+        saved = {name: state_dict[prefix + name] for name in others if prefix + name in state_dict}
+        unexpected[:] = [key for key in unexpected if key not in {prefix + name for name in saved}]
+        missing += [prefix + name for name in tensors if name not in saved and strict]
+        values: Any = {name: _number(value) for name, value in saved.items()}
+        dataclasses.replace(self._settings, **values)  # raises if one is out of range
+        for name, value in values.items():
+            own = tensors.get(name)
+            if own is None:
                 setattr(self, name, value)
-            elif tensors[name].is_meta:
-                setattr(self, name, state_dict[key].detach().clone())
+            elif own.is_meta:
+                setattr(self, name, saved[name].detach().clone().requires_grad_(own.requires_grad))
             else:
-                tensors[name].fill_(value)
+                own.fill_(value)
 
     def _tensor_thresholds(self) -> dict[str, Tensor]:
-        """The thresholds that are tensors and no parameters."""
-        found = {name: getattr(self, name) for name in THRESHOLDS if name not in self._parameters}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        """The thresholds that are tensors and neither parameters nor buffers, nor computed from others."""
+        found = {name: self.__dict__.get(name) for name in THRESHOLDS}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_leaf}
 
     def check(self) -> None:
         """Waits for a GPU, and raises ValueError if a row of the last call was bad. On the CPU the call itself has raised."""
         self._engine.read_statistics()
 
+    @partial(uncompiled, reason="warnings are given outside compiled graphs")
     def _warn(self, last: list[float]) -> None:
         """Warns once each of ignored rows, rows that are not finite, and a collapse."""
         ignored, not_finite, spread = last[_IGNORED], last[_NOT_FINITE], _spread(last)
@@ -367,6 +377,7 @@ class SoftContrastiveLoss(nn.Module):
                 "is mined; lower the learning rate or start from other weights",
             )
 
+    @partial(uncompiled, reason="warnings are given outside compiled graphs")
     def _warn_of_one_kind(self, last: list[float], rows: Tensor, references: Tensor | None) -> None:
         # Collapsed rows count as duplicates of each other, which make no pairs; `_warn` warns of the collapse.
         if _spread(last) < COLLAPSED:
@@ -380,7 +391,7 @@ class SoftContrastiveLoss(nn.Module):
                 "pairs",
                 "all references are of the anchors' class, so the loss is 0"
                 if last[_TOTAL_POS]
-                else "no anchor has a reference of its class, so the loss is 0",
+                else "no anchor has a pair with a reference of its class, so the loss is 0",
             )
         else:
             self._warn_once(
@@ -391,11 +402,13 @@ class SoftContrastiveLoss(nn.Module):
                 "(pytorch-metric-learning's MPerClassSampler does)",
             )
 
+    @partial(uncompiled, reason="warnings are given outside compiled graphs")
     def _warn_of_ignored_references(self, labels: Tensor) -> None:
-        if "ignored_references" not in self._warned and labels.is_cpu and bool((labels < 0).any()):
+        if "ignored_references" not in self._warned and labels.is_cpu and type(labels) is Tensor and bool((labels < 0).any()):
             number = int((labels < 0).sum())
             self._warn_once("ignored_references", f"references with a negative label: {number}; they are in no pair")
 
+    @partial(uncompiled, reason="warnings are given outside compiled graphs")
     def _warn_of_no_group(self) -> None:
         if initialized():
             self._lacks_group = False
@@ -415,9 +428,9 @@ class SoftContrastiveLoss(nn.Module):
         """The settings, for `print(model)`."""
         now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
         values = dataclasses.asdict(self._settings) | now | {"normalize_embeddings": self.normalize_embeddings}
-        if self._ranks is not None:
+        if self._ranks is not None and self._ranks.size > 1:
             values["group"] = f"{self._ranks.size} processes"
-        elif self._find_ranks is not None:
+        elif self._world:
             values["group"] = "world"
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
@@ -430,6 +443,11 @@ _FIXED = {"check", "threads", "workspace_budget", "allow_tf32", "group", "uneven
 COLLAPSED = 1e-4
 """A `spread` below this is a collapse."""
 NEARLY_ONE = 1 - COLLAPSED
+
+
+def _traced() -> bool:
+    """Whether tensors may have no values: in a transform of torch.func, or for make_fx."""
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def _refuse_learned(**settings: Any) -> None:

@@ -77,6 +77,9 @@ class CrossBatchMemory(nn.Module):
     queue_idx: Tensor
     """Index in the queue of the next row."""
     _count: Tensor
+    calls = start_after = 0
+    started: bool
+    """Whether batches are compared with the queue. An attribute, so that a compiled graph depends on it and not on `calls`."""
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class CrossBatchMemory(nn.Module):
         self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
         self.memory_size = memory_size = _checked_count("memory_size", memory_size, 1)
         self.start_after = _checked_count("start_after", start_after, 0)
-        self._set_calls(0)
+        self.calls = 0
         self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
         # Not persistent: the state_dict holds both in the extra state.
@@ -135,12 +138,18 @@ class CrossBatchMemory(nn.Module):
 
     def start(self) -> None:
         """Ends `start_after`: the next batch is compared with the queue."""
-        self._set_calls(max(self.calls, self.start_after))
+        self.calls = max(self.calls, self.start_after)
 
-    def _set_calls(self, calls: int) -> None:
-        self.calls = calls
-        self.started = calls >= self.start_after
-        """Whether batches are compared with the queue. An attribute, so that a compiled graph depends on it, not on the number."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("calls", "start_after"):
+            self.__dict__["started"] = self.calls >= self.start_after
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        untyped: Any = super().__setstate__
+        untyped(state)
+        # Modules that were pickled by an earlier version have no `started`.
+        self.calls = self.calls
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -209,9 +218,9 @@ class CrossBatchMemory(nn.Module):
         try:
             loss: Tensor = self.loss(embeddings, labels, indices_tuple)
         except FailedAlone:
-            self._set_calls(self.calls + 1)  # as in the other processes
+            self.calls += 1  # as in the other processes
             raise
-        self._set_calls(self.calls + 1)
+        self.calls += 1
         return loss
 
     def fill(self, embeddings: Tensor, labels: Tensor) -> None:
@@ -308,7 +317,7 @@ class CrossBatchMemory(nn.Module):
         self.queue_idx.fill_(index)
         self._count.fill_(self.memory_size if full else index)
         # Old checkpoints have no `calls`.
-        self._set_calls(state.get("calls", self.calls))
+        self.calls = state.get("calls", self.calls)
         if not full:
             # Old checkpoints hold any values there.
             self._forget(index)

@@ -17,7 +17,7 @@ from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import CHECK_AND_WAIT, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
 from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
-from .ranks import BatchExchange, Ranks
+from .ranks import BatchExchange, Fingerprint, Ranks
 from .steps import CpuSteps, GpuSteps, PartOfBatch, Steps
 
 _NO_REFERENCE_GRADIENT = (
@@ -25,6 +25,8 @@ _NO_REFERENCE_GRADIENT = (
     "say gather_references=True if each process has its own"
 )
 
+FINGERPRINT_ROWS = 1024
+"""References are compared between processes by at most about this many rows."""
 STEPS_FROM = 2**36
 """Multiply-adds that the steps must spare a process on a GPU, so that they pay for their all-gathers: 0.3 ms of an H200. An
 estimate: no group of GPUs has been measured."""
@@ -44,7 +46,7 @@ References = Literal["gathered", "compared", "trusted"]
 def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> Outputs:
     """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
     engine, rows = engine_of(call.engine), call.rows
-    kind, error, about = steps_for(rows), None, ""
+    kind, error, about, fingerprint = steps_for(rows), None, "", (0.0, 0.0)
     own, references, numbers, settings = rows, call.references, list(call.numbers), DEFAULTS
     try:
         numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
@@ -60,13 +62,15 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
                 raise ValueError(_NO_REFERENCE_GRADIENT)
             references = _ready(engine, call, references, kind, True)
             against = "own references" if kind_of_references == "gathered" else f"{references.shape[0]} references"
-            if kind_of_references == "compared":
-                against += f", references and labels with the checksum {_checksum(references, call.reference_labels):x}"
+            if references.shape[1] != rows.shape[1]:
+                raise ValueError(f"the references have {references.shape[1]} dimensions, and the anchors {rows.shape[1]}")
+            if kind_of_references == "compared" and references.numel():
+                fingerprint = _fingerprint(references, call.reference_labels)
         of = "any length" if call.normalize else "unit length"
         about = f"rows of {rows.shape[1]} {rows.dtype} of {of} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
-    exchange = ranks.handshake(rows, about, error)
+    exchange = ranks.handshake(rows, about, error, fingerprint)
     if call.references is not None and kind_of_references == "gathered":
         return loss_of_gathered_rows(ranks, exchange, call, ranks.handshake(call.references, "references"))
     if exchange.total == 0 or (references is not None and references.shape[0] == 0):
@@ -92,14 +96,16 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
     return statistics[0].float(), gradient, torch.empty(0), statistics
 
 
-def _checksum(rows: Tensor, labels: Tensor | None) -> int:
-    """A number that differs, almost surely, for other rows or labels. Waits for a GPU."""
-    integers = torch.int32 if rows.element_size() == 4 else torch.int16
-    sums = rows.contiguous().view(integers).sum(1, dtype=torch.int64)
+def _fingerprint(rows: Tensor, labels: Tensor | None) -> Fingerprint:
+    """A sum over a sample of the rows and labels, with a weight for each row and column. Waits for a GPU."""
+    sample = slice(None, None, -(-rows.shape[0] // FINGERPRINT_ROWS))
+    chosen = rows[sample].double()
+    of_rows, of_columns = (torch.arange(1.0, 1 + size, dtype=torch.float64, device=rows.device) for size in chosen.shape)
+    sums = chosen @ of_columns.cos()
     if labels is not None:
-        sums = sums * 31 + labels
-    places = torch.arange(1, 2 * len(sums), 2, device=sums.device)
-    return int((sums * places).sum()) % 2**64
+        sums = sums + (labels[sample] % 1009).double()
+    number, length = torch.stack([sums @ of_rows.sin(), chosen.norm()]).tolist()
+    return number, 1e-3 * length
 
 
 def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> float:

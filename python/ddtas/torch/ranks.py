@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Callable, Literal, Sequence, TypeVar
+from typing import Any, Callable, Literal, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,12 @@ from torch import Tensor
 
 Scale = Literal["mean", "sum"]
 
-HEADER_BYTES = 512
-"""Size of a handshake's header: number of rows (int64), kind of error or 0 (int64), a description or the error's message."""
+HEADER_BYTES = 528
+"""Size of a handshake's header: number of rows (int64), kind of error or 0 (int64), `Fingerprint` (two float64), and a description or
+the error's message."""
+_TEXT = slice(32, HEADER_BYTES)
+Fingerprint = Tuple[float, float]
+"""A number that depends on the references, and how much it may differ by rounding."""
 _KINDS: list[type[Exception]] = [ValueError, TypeError, RuntimeError]
 
 
@@ -58,15 +62,9 @@ def world_exists() -> bool:
     """The same; raises RuntimeError if it is not, in a process that was started as one of several."""
     if initialized():
         return True
-    if not torch.compiler.is_compiling() and os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1"):
         raise RuntimeError('group="world" of one of several processes: call torch.distributed.init_process_group before the loss')
     return False
-
-
-def ranks_of(group: Any, uneven: bool, gradient: Scale) -> Ranks | None:
-    """The processes of `group`; None if it is this process alone."""
-    ranks = Ranks(dist.group.WORLD if group == "world" else group, uneven, gradient)
-    return ranks if ranks.size > 1 else None
 
 
 class Ranks:
@@ -97,28 +95,38 @@ class Ranks:
         if rows.device.type not in self.devices:
             raise ValueError(f"the rows are on {rows.device}, and the group carries those of {' and '.join(self.devices)} alone")
 
-    def handshake(self, rows: Tensor, about: str, error: Exception | None = None) -> BatchExchange:
+    def handshake(
+        self, rows: Tensor, about: str, error: Exception | None = None, references: Fingerprint = (0.0, 0.0)
+    ) -> BatchExchange:
         """Gathers each process's number of rows, its description `about` of the call, and its error if it has one.
 
-        Raises in all processes if one has an error, or if descriptions or (unless uneven) numbers of rows differ.
+        Raises in all processes if one has an error, or if descriptions, references or (unless uneven) numbers of rows differ.
         """
         kind = 0 if error is None else 1 + next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), 2)
-        text = (about if error is None else str(error)).encode()[: HEADER_BYTES - 16].ljust(HEADER_BYTES - 16, b"\0")
+        most = _TEXT.stop - _TEXT.start
+        text = (about if error is None else str(error)).encode()[:most].ljust(most, b"\0")
         count = rows.shape[0] if error is None else 0
-        header = torch.cat([torch.tensor([count, kind]).view(torch.uint8), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
+        numbers = [torch.tensor([count, kind]), torch.tensor(references, dtype=torch.float64)]
+        header = torch.cat([*(part.view(torch.uint8) for part in numbers), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
         # A device that depends on the group alone: the rows of one process may be elsewhere, which is an error to report.
         device = torch.device("cpu") if "cpu" in self.devices else torch.device(self.devices[0], torch.cuda.current_device())
         headers = self._all_gather(header.to(device)).cpu()
-        numbers = headers[:, :16].contiguous().view(torch.int64).tolist()
-        texts = [text.tobytes().rstrip(b"\0").decode(errors="replace") for text in headers[:, 16:].numpy()]
-        for rank, (_, kind) in enumerate(numbers):
+        counts, kinds = headers[:, :16].contiguous().view(torch.int64).T.tolist()
+        fingerprints = headers[:, 16:32].contiguous().view(torch.float64).tolist()
+        texts = [text.tobytes().rstrip(b"\0").decode(errors="replace") for text in headers[:, _TEXT].numpy()]
+        for rank, kind in enumerate(kinds):
             if kind:
                 raise _KINDS[kind - 1](f"rank {rank}: {texts[rank]}") from error
-        counts = [count for count, _ in numbers]
         for rank, described in enumerate(texts):
             if described != texts[0]:
                 other, first = _differing(described, texts[0])
                 raise ValueError(f"rank {rank} has {other}, and rank 0 {first}: they must be the same")
+            (number, rounding), (first_number, _) = fingerprints[rank], fingerprints[0]
+            if abs(number - first_number) > rounding:
+                raise ValueError(
+                    f"rank {rank} has other references than rank 0: they must be the same everywhere, "
+                    "or say gather_references=True for those of each process"
+                )
             if counts[rank] != counts[0] and not self.uneven:
                 raise ValueError(
                     f"rank {rank} has {counts[rank]} rows, and rank 0 {counts[0]}: say uneven=True, or leave out the last batch"

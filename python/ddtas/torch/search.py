@@ -18,7 +18,7 @@ def _unit(name: str, rows: Tensor) -> Tensor:
     check_tensor(f"the {name}", rows)
     rows = rows.detach()
     if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
-        return rows
+        return rows.float() if rows.dtype == torch.float64 else rows
     if rows.dtype == torch.float64:
         return normalize_rows(rows)[0].float()
     if bool(which_are_unit(rows, max(torch.finfo(rows.dtype).eps, 1e-6)).all()):
