@@ -179,7 +179,8 @@ pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) {
     const MOST_WAITING: usize = 256;
     thread_local! { static WAITING: PerProcess<Arc<AtomicUsize>> = const { PerProcess::empty() } }
     // A thread that is ending has none any more.
-    let waiting = WAITING.try_with(|waiting| waiting.get_or_make(|| Ok::<_, AccessError>(Arc::default())).cloned());
+    let waiting =
+        WAITING.try_with(|waiting| waiting.get_or_make(|| Ok::<_, AccessError>(Arc::default())).cloned());
     let Ok(Ok(waiting)) = waiting else { return };
     if waiting.load(Ordering::Relaxed) >= MOST_WAITING {
         return;
