@@ -120,7 +120,7 @@ trainer() {
     echo "SIGUSR1 saves and stops, and the run goes on to the same bytes"
     started stopped
     kill -USR1 "$mpirun"
-    ended stopped "ddtas-train --resume $place/stopped"
+    ended stopped "mpirun -n 3 .*ddtas-train --ranks mpi --resume $place/stopped"
     mpi 3 --resume "$place/stopped" &>"$place/log" || said
     mpi 3 "${settings[@]}" "${long[@]}" --output "$place/unbroken" &>"$place/log" || said
     cmp "$place/stopped/last.safetensors" "$place/unbroken/last.safetensors"
@@ -156,7 +156,7 @@ nccl() {
     under_way nccl-killed "${processes[0]}"
     killed "${processes[1]}"
     each_says "ended without a word: rank 1 (process" 0 2
-    grep -q "then run: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
+    grep -q "then run: 3 processes of ddtas-train --ranks nccl --rendezvous FILE --resume $place/nccl-killed" "$place/log.0" || said
     # Rank 1 alone, which leaves its file.
     RANK=1 WORLD_SIZE=2 "$train" --ranks nccl --rendezvous "$place/id" --device cpu --resume "$place/nccl-killed" &>"$place/log.1" &
     processes=($!)
