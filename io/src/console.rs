@@ -30,7 +30,7 @@ pub fn version(number: &str, features: &[(&str, bool)]) -> String {
     format!("{number} (features: {features}; instruction set: {})", instruction_set())
 }
 
-/// `1 step`, `2 steps`: a number with what is counted.
+/// `1 step`, `2 steps`, `2 classes`: a number with what is counted.
 #[must_use]
 pub fn counted(count: usize, noun: &str) -> String {
     counted_as(count, count, noun)
@@ -39,7 +39,12 @@ pub fn counted(count: usize, noun: &str) -> String {
 /// As [`counted`], with the number `shown` in a form of its own.
 #[must_use]
 pub fn counted_as(shown: impl Display, count: usize, noun: &str) -> String {
-    format!("{shown} {noun}{}", if count == 1 { "" } else { "s" })
+    let ending = match count {
+        1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{shown} {noun}{ending}")
 }
 
 /// A message as one line, with its control characters escaped: names of files may hold some, and terminals obey them.

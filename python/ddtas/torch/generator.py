@@ -8,7 +8,7 @@ import math
 import warnings
 from collections import deque
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, Dict, Iterator, Literal, SupportsFloat, SupportsIndex, Tuple, TypeVar, cast
 
 import torch
@@ -20,7 +20,7 @@ from ..functional import threshold_gradient
 from ..settings import Settings
 from . import search
 from .engine import check_labels, check_tensor, laid_out, normalize_rows
-from .loss import SoftContrastiveLoss
+from .loss import THRESHOLDS, SoftContrastiveLoss
 from .operator import UNCHECKED, loss_of
 from .ranks import RaiseOnAllRanks, Ranks
 
@@ -35,6 +35,15 @@ DECAYS = (0.95, 0.999)
 EPSILON = 1e-12
 ROUNDING = 1e-6
 """A threshold that is a float32 tensor may be beyond its range, or differ from the other one, by its rounding."""
+
+
+@cache
+def _prepare_forward_mode() -> None:
+    """torch's first derivative in forward mode compiles its formulas by a function that it calls deprecated. Once, since each
+    `catch_warnings` makes Python give the warnings again that it gave before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
+        jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 class _Within(nn.Module):
@@ -193,9 +202,8 @@ class ThresholdGenerator:
             # The step's length is fixed, so that lambda changes its direction only.
             along = _dot(direction, gradient) / squared
             direction = {name: d - along * gradient[name] for name, d in direction.items()}
-        with torch.no_grad(), warnings.catch_warnings():
-            # torch's first derivative in forward mode compiles its formulas.
-            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
+        _prepare_forward_mode()
+        with torch.no_grad():
             embed = partial(self._within, work=lambda network: self._embed(network, inputs))
             both = jvp(embed, (weights,), (direction,))
         rows, tangent = cast(Tuple[Tensor, Tensor], both)
@@ -275,10 +283,10 @@ class ThresholdGenerator:
     @torch.no_grad()
     def _set_thresholds(self, both: list[float]) -> None:
         """Writes the loss's thresholds, in place if they are tensors."""
-        for name, value in zip(("lambda_pos", "lambda_neg"), both):
+        for name, value in zip(THRESHOLDS, both):
             if not self.lambda_min - ROUNDING <= value <= self.lambda_max + ROUNDING:
                 raise ValueError(f"{name} = {value} is not from lambda_min = {self.lambda_min} to lambda_max = {self.lambda_max}")
-        for name, value in zip(("lambda_pos", "lambda_neg"), both):
+        for name, value in zip(THRESHOLDS, both):
             present = getattr(self.loss, name)
             if isinstance(present, Tensor):
                 present.fill_(value)

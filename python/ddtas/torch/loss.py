@@ -24,6 +24,9 @@ _MEAN_POS, _MEAN_NEG, _TOTAL_POS, _TOTAL_NEG, _IGNORED, _NOT_FINITE = map(
 )
 
 
+_warning = partial(uncompiled, reason="warnings are given outside compiled graphs")
+
+
 def _setting(name: str) -> Any:
     """A property of the loss for one of its settings. Setting it affects later calls."""
 
@@ -177,7 +180,8 @@ class SoftContrastiveLoss(nn.Module):
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        with RaiseOnAllRanks(self.ranks):
+        ranks = self.ranks
+        with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             check_side("anchors", embeddings, labels, "labels")
@@ -188,7 +192,8 @@ class SoftContrastiveLoss(nn.Module):
                 if ref_emb.dtype != embeddings.dtype:
                     wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
                     embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
-        return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check, queue=False)
+        given = embeddings, labels, ref_emb, ref_labels, None
+        return self._loss(*given, self.normalize_embeddings, self._check, ranks, queue=False)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -234,7 +239,8 @@ class SoftContrastiveLoss(nn.Module):
         Rows are compared in the references' type, and their gradient has their own. `identity` `[B]` holds for each row the
         index of the reference that is the row itself, or -1. `check=False` is for rows that were checked before.
         """
-        with RaiseOnAllRanks(self.ranks):
+        ranks = self.ranks
+        with RaiseOnAllRanks(ranks):
             check_labels("labels", labels)
             if references is not None:
                 check_one_device(rows, "references", references)
@@ -244,7 +250,7 @@ class SoftContrastiveLoss(nn.Module):
                 check_labels("identity", identity)
                 identity = identity.to(rows.device, torch.int64)
         check_rows = self._check if check else UNCHECKED
-        return self._loss(rows, labels, references, reference_labels, identity, False, check_rows, queue=True)
+        return self._loss(rows, labels, references, reference_labels, identity, False, check_rows, ranks, queue=True)
 
     def _loss(
         self,
@@ -255,6 +261,7 @@ class SoftContrastiveLoss(nn.Module):
         identity: Tensor | None,
         normalize: bool,
         check: int,
+        ranks: Ranks | None,
         queue: bool,
     ) -> Tensor:
         """`queue`: the references are those of a memory, which has few rows at first and is the same in all processes."""
@@ -271,7 +278,7 @@ class SoftContrastiveLoss(nn.Module):
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
-        ranks, of_references = self.ranks, "trusted" if queue else self._references
+        of_references = "trusted" if queue else self._references
         compute = loss_of if ranks is None else _loss_of_ranks
         loss = compute(
             rows,
@@ -358,7 +365,7 @@ class SoftContrastiveLoss(nn.Module):
         """Waits for a GPU, and raises ValueError if a row of the last call was bad. On the CPU the call itself has raised."""
         self._engine.read_statistics()
 
-    @partial(uncompiled, reason="warnings are given outside compiled graphs")
+    @_warning
     def _warn(self, last: list[float]) -> None:
         """Warns once each of ignored rows, rows that are not finite, and a collapse."""
         ignored, not_finite, spread = last[_IGNORED], last[_NOT_FINITE], _spread(last)
@@ -377,7 +384,7 @@ class SoftContrastiveLoss(nn.Module):
                 "is mined; lower the learning rate or start from other weights",
             )
 
-    @partial(uncompiled, reason="warnings are given outside compiled graphs")
+    @_warning
     def _warn_of_one_kind(self, last: list[float], rows: Tensor, references: Tensor | None) -> None:
         # Collapsed rows count as duplicates of each other, which make no pairs; `_warn` warns of the collapse.
         if _spread(last) < COLLAPSED:
@@ -402,13 +409,14 @@ class SoftContrastiveLoss(nn.Module):
                 "(pytorch-metric-learning's MPerClassSampler does)",
             )
 
-    @partial(uncompiled, reason="warnings are given outside compiled graphs")
+    @_warning
     def _warn_of_ignored_references(self, labels: Tensor) -> None:
-        if "ignored_references" not in self._warned and labels.is_cpu and type(labels) is Tensor and bool((labels < 0).any()):
-            number = int((labels < 0).sum())
+        if "ignored_references" in self._warned or not labels.is_cpu or type(labels) is not Tensor:
+            return
+        if number := int((labels < 0).sum()):
             self._warn_once("ignored_references", f"references with a negative label: {number}; they are in no pair")
 
-    @partial(uncompiled, reason="warnings are given outside compiled graphs")
+    @_warning
     def _warn_of_no_group(self) -> None:
         if initialized():
             self._lacks_group = False

@@ -224,11 +224,11 @@ fn of_one_picture(sides: &SplitFiles) -> impl Iterator<Item = String> {
     // A query is compared with the gallery, where its class may have pictures.
     let test = if sides.gallery.is_none() { names(&sides.test) } else { Vec::new() };
     let sides = [
-        ("training ", names(&sides.train), "whose positives are the same picture, varied"),
-        ("test ", test, "without positives"),
+        ("training class", names(&sides.train), "whose positives are the same picture, varied"),
+        ("test class", test, "without positives"),
     ];
     sides.into_iter().filter(|(_, names, _)| !names.is_empty()).map(|(side, names, which)| {
-        format!("{} with one picture only, {which}: {}", counted_classes(side, names.len()), some_of(&names))
+        format!("{} with one picture only, {which}: {}", counted(names.len(), side), some_of(&names))
     })
 }
 
@@ -236,7 +236,7 @@ fn of_one_picture(sides: &SplitFiles) -> impl Iterator<Item = String> {
 fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(SplitFiles, bool)> {
     let shown = root.display();
     let count = classes.len();
-    let holds = format!("--data-root {shown} holds {} with pictures", counted_classes("", count));
+    let holds = format!("--data-root {shown} holds {} with pictures", counted(count, "class"));
     if wanted == Some(TrainClasses::All) {
         if count < 2 {
             return Err(Error::Dataset(format!("{holds}: at least 2 are needed to train")));
@@ -282,7 +282,7 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<SplitFiles>> {
     let sides = paths.read(|folder| classes_in(folder, root, notes))?;
     for (name, side) in [("train", &sides.train), ("test", &sides.test)] {
         if side.len() < 2 {
-            let (shown, holds) = (root.display(), counted_classes("", side.len()));
+            let (shown, holds) = (root.display(), counted(side.len(), "class"));
             return Err(Error::Dataset(format!(
                 "{shown}: its {name} side holds {holds}, at least 2 are needed"
             )));
@@ -321,9 +321,10 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
         folders.push(path);
     }
     if classes.is_empty() {
-        let found = if folder == root { of_another_layout(&folders) } else { None };
+        let deeper = deeper_picture(&folders);
+        let found = if folder == root && deeper.is_some() { of_another_layout(&folders) } else { None };
         let found = found.unwrap_or_else(|| {
-            let found = match (deeper_picture(&folders), loose, folders.len()) {
+            let found = match (deeper, loose, folders.len()) {
                 (Some(first), ..) => {
                     format!("its pictures lie in folders within folders, the first is {}", first.display())
                 }
@@ -349,9 +350,8 @@ fn deeper_picture(folders: &[PathBuf]) -> Option<PathBuf> {
 }
 
 /// What to do about class folders that are not where they are searched; none if it does not look like that. `folders` are
-/// those in --data-root, which hold no pictures themselves.
+/// those in --data-root, which hold no pictures themselves but deeper ones.
 fn of_another_layout(folders: &[PathBuf]) -> Option<String> {
-    deeper_picture(folders)?;
     let names: Vec<String> = folders.iter().map(|folder| file_name(folder)).collect();
     let sides = ["train", "test", "query", "gallery"];
     let capital = |name: &&String| sides.iter().any(|side| name.eq_ignore_ascii_case(side) && *name != side);
@@ -394,7 +394,7 @@ impl Notes {
         if !empty.is_empty() {
             warnings.push(format!(
                 "{} left out, no picture inside: {}",
-                counted_classes("", empty.len()),
+                counted(empty.len(), "class"),
                 some_of(&empty)
             ));
         }
@@ -412,11 +412,6 @@ fn sorted_entries(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(Error::io("list", folder))?;
     let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(Error::io("list", folder)));
     paths.filter(|path| !path.as_ref().is_ok_and(|path| is_hidden(path))).collect()
-}
-
-/// A number of classes of a side; `side` ends in a blank, or is empty.
-pub(super) fn counted_classes(side: &str, classes: usize) -> String {
-    format!("{classes} {side}class{}", if classes == 1 { "" } else { "es" })
 }
 
 /// The first three names, for a message.

@@ -9,8 +9,10 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
+use ddtas_io::console::counted;
+
 use super::files::{is_picture, name_of_bytes};
-use super::folder::{Files, SplitFiles, SplitPaths, counted_classes};
+use super::folder::{Files, SplitFiles, SplitPaths};
 use crate::{Error, Result};
 
 /// What editors on Windows and spreadsheets begin a UTF-8 file with.
@@ -62,7 +64,7 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
         classes.entry(class).or_default().push(path);
     }
     if classes.len() < 2 {
-        let count = counted_classes("", classes.len());
+        let count = counted(classes.len(), "class");
         return Err(Error::format(list, format!("names {count}: at least 2 are needed")));
     }
     Ok(classes)

@@ -6,12 +6,12 @@ use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ddtas_io::console::counted;
 use rayon::prelude::*;
 
 use super::archive::{Unpacking, is_archive, unpack};
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
 use super::decode::PixelBox;
-use super::folder::counted_classes;
 use crate::{Error, Result};
 
 /// Constants of a published data set.
@@ -184,7 +184,7 @@ impl Root {
         }
         for (side, classes) in [("training", &train), ("test", &test)] {
             if classes.len() < 2 {
-                let found = counted_classes("", classes.len());
+                let found = counted(classes.len(), "class");
                 return Err(
                     self.refuse(&format!("holds {side} pictures of {found}, and at least 2 are needed"))
                 );
