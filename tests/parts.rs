@@ -366,10 +366,8 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     assert!(matches!(refused, Err(Error::InvalidSetting { name: "identity", .. })));
     let refused = Batch { identity: Identity::List(&list[1..]), ..part }.validate();
     assert!(matches!(refused, Err(Error::LengthMismatch { .. })));
-    for total in [0, 3] {
-        let refused = Batch { total: Some(total), ..part }.validate();
-        assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
-    }
+    let refused = Batch { total: Some(0), ..part }.validate();
+    assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
     // Numbers of the right length are not checked: NaN, or other than the steps found.
     let sums = sums_of_any_numbers(&mut backend, &part);
     assert!(sums.pos.is_finite() && sums.neg.is_finite());

@@ -534,7 +534,7 @@ fn parts_of_another_shape_or_out_of_order_are_refused() {
         let odd = ResidentSettings { lambda: 4, ..given };
         let refused = backend.enqueue_same_class(&part, &odd, address);
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "lambda", .. })));
-        let none = ResidentPart { total: 19, ..part };
+        let none = ResidentPart { total: 0, ..part };
         let refused = backend.enqueue_same_class(&none, &given, address);
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
     }

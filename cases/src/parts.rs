@@ -41,15 +41,63 @@ pub fn loss_in_parts(
     settings: &LossSettings,
     tangent: ArrayView2<'_, f32>,
 ) -> Result<Together> {
-    let anchors = lengths.iter().sum();
-    let ends = lengths.iter().scan(0, |end, length| {
-        *end += length;
-        Some(*end)
-    });
-    let ranges: Vec<(usize, usize)> = ends.zip(lengths).map(|(end, length)| (end - length, end)).collect();
+    let total = lengths.iter().sum();
     let part = |(first, end): (usize, usize)| {
-        Batch::part(slice(all, first, end), all.view(), Identity::From(first), anchors)
+        Batch::part(slice(all, first, end), all.view(), Identity::From(first), total)
     };
+    Ok(four_steps(backends, &part, lengths, true, settings, (tangent, None))?.0)
+}
+
+/// A rectangular batch, its anchors in parts of these `lengths`. The gradient of its references is that of
+/// parts of `reference_lengths`, in which they take the anchors' place and mine nothing.
+///
+/// `tangents` are edot of anchors and references.
+pub fn rectangular_in_parts(
+    backends: &mut [Box<dyn Backend>],
+    batch: &Batch<'_>,
+    lengths: [&[usize]; 2],
+    settings: &LossSettings,
+    tangents: (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
+) -> Result<Together> {
+    let (anchors, references) = (batch.anchors, batch.reference_rows());
+    let total = anchors.labels.len();
+    let part = |(first, end): (usize, usize)| {
+        Batch::part(slice(&anchors, first, end), references.view(), Identity::ByValue, total)
+    };
+    let (mut found, totals) =
+        four_steps(backends, &part, lengths[0], false, settings, (tangents.0, Some(tangents.1)))?;
+    let Together { output: LossOutput { min_pos, max_neg, count_pos, count_neg, .. }, .. } = &found;
+    let ranges = ranges(lengths[1]);
+    let mut outputs: Vec<LossOutput> = ranges.iter().map(|_| LossOutput::default()).collect();
+    each(backends, &mut outputs, |p, backend, output| {
+        let (first, end) = ranges[p];
+        let rows = slice(&references, first, end);
+        let part = Batch::part(rows, anchors.view(), Identity::ByValue, total);
+        let (positive, negative) = (vec![f32::INFINITY; end - first], vec![f32::NEG_INFINITY; end - first]);
+        let none = vec![0; end - first];
+        backend.same_class(&part, settings, output)?;
+        backend.sweep(&part, RowNumbers::new(&positive, min_pos), output)?;
+        backend.select(&part, RowNumbers::new(&negative, max_neg), totals, output)?;
+        backend.gradient(&part, RowNumbers::new(&none, count_pos), RowNumbers::new(&none, count_neg), output)
+    })?;
+    for part in &outputs {
+        assert_eq!((part.loss, part.active), (0.0, 0), "references have no share of the loss");
+    }
+    found.output.reference_gradient = Some(gradient_of(&outputs));
+    Ok(found)
+}
+
+/// The steps of all parts; `square` if the references begin with the anchors. Also returns the totals that the
+/// tolerances adapt to.
+fn four_steps<'a>(
+    backends: &mut [Box<dyn Backend>],
+    part: &(impl Fn((usize, usize)) -> Batch<'a> + Sync),
+    lengths: &[usize],
+    square: bool,
+    settings: &LossSettings,
+    (tangent, reference_tangent): (ArrayView2<'_, f32>, Option<ArrayView2<'_, f32>>),
+) -> Result<(Together, PairTotals)> {
+    let ranges = ranges(lengths);
     let mut outputs: Vec<LossOutput> = lengths.iter().map(|_| LossOutput::default()).collect();
 
     each(backends, &mut outputs, |p, backend, output| {
@@ -57,8 +105,7 @@ pub fn loss_in_parts(
     })?;
     let min_pos: Vec<f32> = outputs.iter().flat_map(|part| part.min_pos.clone()).collect();
     each(backends, &mut outputs, |p, backend, output| {
-        let own = &min_pos[ranges[p].0..ranges[p].1];
-        backend.sweep(&part(ranges[p]), RowNumbers::new(own, &min_pos), output)
+        backend.sweep(&part(ranges[p]), numbers(&min_pos, ranges[p], square), output)
     })?;
     let max_neg: Vec<f32> = outputs.iter().flat_map(|part| part.max_neg.clone()).collect();
     let totals = outputs.iter().fold(PairTotals::default(), |sum, part| PairTotals {
@@ -66,34 +113,31 @@ pub fn loss_in_parts(
         total_pos: sum.total_pos + part.total_pos,
     });
     each(backends, &mut outputs, |p, backend, output| {
-        let own = &max_neg[ranges[p].0..ranges[p].1];
-        backend.select(&part(ranges[p]), RowNumbers::new(own, &max_neg), totals, output)
+        backend.select(&part(ranges[p]), numbers(&max_neg, ranges[p], square), totals, output)
     })?;
     let count_pos: Vec<u32> = outputs.iter().flat_map(|part| part.count_pos.clone()).collect();
     let count_neg: Vec<u32> = outputs.iter().flat_map(|part| part.count_neg.clone()).collect();
     each(backends, &mut outputs, |p, backend, output| {
-        let (first, end) = ranges[p];
-        let positives = RowNumbers::new(&count_pos[first..end], &count_pos);
-        let negatives = RowNumbers::new(&count_neg[first..end], &count_neg);
+        let [positives, negatives] =
+            [&count_pos, &count_neg].map(|counts| numbers(counts, ranges[p], square));
         backend.gradient(&part(ranges[p]), positives, negatives, output)
     })?;
 
     let mut together = Together::default();
-    for (p, backend) in backends.iter_mut().enumerate() {
+    for (p, backend) in backends.iter_mut().take(lengths.len()).enumerate() {
         let (first, end) = ranges[p];
-        let sums = backend.threshold_gradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
+        let own = tangent.slice(s![first..end, ..]);
+        let sums = backend.threshold_gradient(&part(ranges[p]), own, reference_tangent)?;
         together.threshold_gradient.pos += sums.pos;
         together.threshold_gradient.neg += sums.neg;
         together.output.add_part(&outputs[p]);
     }
-    let gradients: Vec<ArrayView2<'_, f32>> = outputs.iter().map(|part| part.gradient.view()).collect();
-    let gradient: Array2<f32> = concatenate(Axis(0), &gradients).unwrap();
     let (gamma_pos, gamma_neg) = (outputs[0].gamma_pos, outputs[0].gamma_neg);
     for part in &outputs {
         assert_eq!((part.gamma_pos, part.gamma_neg), (gamma_pos, gamma_neg), "tolerances are the batch's");
     }
     together.output = LossOutput {
-        gradient,
+        gradient: gradient_of(&outputs),
         min_pos,
         max_neg,
         count_pos,
@@ -102,7 +146,26 @@ pub fn loss_in_parts(
         gamma_neg,
         ..together.output
     };
-    Ok(together)
+    Ok((together, totals))
+}
+
+/// The first row of each part, and the one after its last.
+fn ranges(lengths: &[usize]) -> Vec<(usize, usize)> {
+    let ends = lengths.iter().scan(0, |end, length| {
+        *end += length;
+        Some(*end)
+    });
+    ends.zip(lengths).map(|(end, length)| (end - length, end)).collect()
+}
+
+/// The numbers that a part is given: of its rows, and of all rows if they are its references.
+fn numbers<T>(all: &[T], (first, end): (usize, usize), square: bool) -> RowNumbers<'_, T> {
+    RowNumbers::new(&all[first..end], if square { all } else { &[] })
+}
+
+fn gradient_of(parts: &[LossOutput]) -> Array2<f32> {
+    let gradients: Vec<ArrayView2<'_, f32>> = parts.iter().map(|part| part.gradient.view()).collect();
+    concatenate(Axis(0), &gradients).unwrap()
 }
 
 /// One step of all parts at once, each part in a thread of its own with a pool of 1 to 3 threads.
@@ -138,26 +201,40 @@ pub fn split(rows: usize, random: &mut ChaCha8Rng) -> Vec<usize> {
     ends.into_iter().map(|end| end - std::mem::replace(&mut before, end)).collect()
 }
 
-/// Checks a backend on every square case of a table, split at random places.
+/// Checks a backend on every case of a table, with its anchors split at random places, and its references if
+/// they have a gradient.
 ///
 /// `open` makes the backend of the part with this number.
 pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl IntoIterator<Item = Case>) {
     let mut random = ChaCha8Rng::seed_from_u64(17);
-    let (mut count, mut failures) = (0, Vec::new());
-    for case in cases.into_iter().filter(|case| case.references.is_none()) {
-        count += 1;
-        let rows = case.batch().anchors;
-        let lengths = split(rows.labels.len(), &mut random);
-        let mut backends: Vec<_> = (0..lengths.len()).map(&mut open).collect();
+    let (mut counts, mut failures) = ([0, 0], Vec::new());
+    for case in cases {
+        let batch = case.batch();
+        let lengths = split(batch.anchors.labels.len(), &mut random);
+        let of_references = case.references.as_ref().map(|rows| split(rows.labels.len(), &mut random));
+        counts[usize::from(of_references.is_some())] += 1;
+        let most = lengths.len().max(of_references.as_ref().map_or(0, Vec::len));
+        let mut backends: Vec<_> = (0..most).map(&mut open).collect();
         let tangent = case.anchors.tangent.view();
-        let found = loss_in_parts(&mut backends, &rows, &lengths, &case.settings, tangent).unwrap();
+        let found = match (&case.references, &of_references) {
+            (Some(references), Some(others)) => {
+                let (lengths, tangents) = ([&lengths[..], others], (tangent, references.tangent.view()));
+                rectangular_in_parts(&mut backends, &batch, lengths, &case.settings, tangents)
+            }
+            _ => loss_in_parts(&mut backends, &batch.anchors, &lengths, &case.settings, tangent),
+        };
+        let found = found.unwrap();
         let report = Report::new(&case.expected, &found.output, found.threshold_gradient);
         if !report.is_within(&case.expected.bounds) {
-            failures.push(format!("{} {:?} {lengths:?}: {report:?}", case.name, case.dtype()));
+            failures.push(format!(
+                "{} {:?} {lengths:?} {of_references:?}: {report:?}",
+                case.name,
+                case.dtype()
+            ));
         }
     }
-    println!("{count} cases in parts, {} failed", failures.len());
-    assert!(count > 0, "an empty table proves nothing");
+    println!("{} square and {} rectangular cases in parts, {} failed", counts[0], counts[1], failures.len());
+    assert!(counts[0] > 0, "an empty table proves nothing");
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 

@@ -72,7 +72,8 @@ class Part:
 
     `embeddings` `[b, D]` (b may be 0) are compared with `references` `[N, D]` of the same type: float32, float16 or bfloat16. The
     references are all anchors of the batch, in the same order for every part, followed by rows that are not anchors, if there
-    are any. `identity` says which references the part's anchors are, as in `ddtas.loss`.
+    are any. `identity` says which references the part's anchors are, as in `ddtas.loss`. For the gradient of references that are no
+    anchors, both sides change places (docs/parts.md, "The gradient of references").
 
     Between the steps the caller exchanges results between the parts (docs/parts.md). A step takes them as two arrays: `[b]` for
     the part's own anchors, combined over all their pairs, and `reference_...` `[n]` for the first n references, the anchors of

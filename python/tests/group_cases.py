@@ -239,27 +239,47 @@ def references_are_the_same_everywhere(world):
 
 
 def own_references_are_gathered_and_get_their_gradient(world):
-    for counts, other_counts, dtype in (
-        (world.even(), world.even(11), torch.float32), (world.uneven(), world.uneven()[::-1], torch.bfloat16),
-        (world.even(), world.even(0), torch.float32),
+    for counts, other_counts, dtype, normalize in (
+        (world.even(), world.even(11), torch.float32, True), (world.uneven(), world.uneven()[::-1], torch.bfloat16, True),
+        (world.even(), world.even(0), torch.float32, True), (world.even(4), world.even(40), torch.float16, True),
+        ([0] * (world.size - 1) + [20], [25] + [0] * (world.size - 1), torch.float32, False),
     ):  # fmt: skip
         (rows, labels), (others, other_labels) = batch(sum(counts), dtype=dtype), batch(sum(other_counts), seed=1, dtype=dtype)
+        if not normalize:
+            rows, others = rows / rows.norm(dim=1, keepdim=True), others / others.norm(dim=1, keepdim=True)
         own, own_others = world.own(counts), world.own(other_counts)
-        found = []
-        for group in (False, world.group):
-            loss = SoftContrastiveLoss(group=group, uneven=True, gradient="sum", gather_references=True)
+
+        def found(group, gradient="sum"):
+            loss = SoftContrastiveLoss(
+                group=group, uneven=True, gradient=gradient, gather_references=True, normalize_embeddings=normalize
+            )
             given = [rows, labels, others, other_labels]
             if group:
                 given = [rows[own], labels[own], others[own_others], other_labels[own_others]]
             given[0], given[2] = (side.clone().requires_grad_() for side in given[::2])
             value = loss(given[0], given[1], ref_emb=given[2], ref_labels=given[3])
             value.backward()
-            found.append((value.detach(), given[0].grad, given[2].grad))
-        (want, of_rows, of_others), (got, *of_own) = found
-        assert torch.equal(got, want) and bool(want > 0) == (len(others) > 0) and world.same(got)
-        assert torch.equal(of_own[0], of_rows[own]) and torch.equal(of_own[1], of_others[own_others])
-        constant = loss(given[0], given[1], ref_emb=given[2].detach(), ref_labels=given[3])
-        assert constant == want
+            constant = loss(given[0], given[1], ref_emb=given[2].detach(), ref_labels=given[3])
+            assert constant == value
+            return value.detach(), given[0].grad, given[2].grad
+
+        want, of_rows, of_others = found(False)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        for device, gradient in (
+            (nullcontext(), "sum"), (nullcontext(), "mean"), (emulated_gpu(0), "sum"), (emulated_gpu(2**62), "mean")
+        ):  # fmt: skip
+            on_cpu, scale = isinstance(device, nullcontext), world.size if gradient == "mean" else 1
+            if world.size == 1 and not on_cpu:
+                continue
+            with device:
+                got, *of_own = found(world.group, gradient)
+            close(got, want, 1e-6 if on_cpu else 1e-5)
+            assert bool(want > 0) == (len(others) > 0) and world.same(got)
+            if on_cpu and (scale == 1 or dtype == torch.float32):
+                assert torch.equal(of_own[0], of_rows[own] * scale)
+            for mine, whole in zip(of_own, (of_rows[own], of_others[own_others])):
+                if mine.numel():
+                    close(mine, whole * scale, tolerance)
     if world.size > 1:
         with raises(ValueError, f"rank {world.size - 1} has 7 rows, and rank 0 8"):
             last = world.rank == world.size - 1
@@ -268,6 +288,20 @@ def own_references_are_gathered_and_get_their_gradient(world):
             strict(rows, labels, ref_emb=rows[: 8 - last] + 1, ref_labels=labels[: 8 - last])
         with raises(ValueError, f"rank {world.size - 1}: the references have 7 dimensions, and the anchors 12"):
             strict(rows, labels, ref_emb=rows[:, : 7 if last else DIM], ref_labels=labels)
+        with raises(ValueError, f"rank {world.size - 1} has references that require no gradient, and rank 0"):
+            strict(rows, labels, ref_emb=(rows + 1).requires_grad_(not last), ref_labels=labels)
+        bad = rows + 1
+        if last:
+            bad[3, 2] = torch.inf
+        with raises(ValueError, f"rank {world.size - 1}: row 3 of the references holds a value that is not finite"):
+            strict(rows, labels, ref_emb=bad, ref_labels=labels)
+        with emulated_gpu():
+            leaf = bad.clone().requires_grad_()
+            value = strict(rows, labels, ref_emb=leaf, ref_labels=labels)
+            value.backward()
+            assert value.isnan() and leaf.grad.isnan().all()
+            with raises(ValueError, f"row {8 * world.size - 5} of the references holds a value that is not finite"):
+                strict.check()
 
 
 def memories_are_alike(world):

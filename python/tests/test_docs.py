@@ -23,7 +23,7 @@ def test_the_functional_example_runs():
 
 
 def test_the_steps_of_a_part_run():
-    (block,) = blocks("docs/parts.md")
+    block, of_references = blocks("docs/parts.md")
     rows, labels = unit_rows(50, 8, seed=31)
     rows = rows.astype(np.float32)
     # A single process, which has all rows.
@@ -32,6 +32,18 @@ def test_the_steps_of_a_part_run():
     whole = ddtas.loss(rows, labels)
     assert names["loss"] == pytest.approx(whole.loss, rel=1e-6) and whole.loss > 0
     np.testing.assert_array_equal(names["gradient"], whole.gradient)
+    others, other_labels = unit_rows(70, 8, seed=32)
+    others = others.astype(np.float32)
+    anchors = ddtas.Part(rows, labels, others, other_labels, total=50)
+    same = anchors.same_class()
+    swept = anchors.sweep(same.min_pos)
+    totals = {"probe_neg": swept.probe_neg, "total_pos": same.total_pos}
+    chosen = anchors.select(swept.max_neg, **totals)
+    names |= {"np": np, "references": others, "reference_labels": other_labels, "own": slice(0, 70), "totals": totals}
+    names |= {"min_pos": same.min_pos, "max_neg": swept.max_neg, "pos": chosen.count_pos, "neg": chosen.count_neg}
+    exec(of_references, names)
+    want = ddtas.loss(rows, labels, others, other_labels, reference_gradient=True)
+    np.testing.assert_allclose(names["reference_gradient"], want.reference_gradient, atol=1e-6 * abs(want.reference_gradient).max())
 
 
 def test_the_generator_example_learns():

@@ -13,7 +13,7 @@ from ddtas import Settings  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate, threshold_gradient  # noqa: E402
 from ddtas.torch.engine import Engine  # noqa: E402
 from ddtas.torch.operator import Call  # noqa: E402
-from ddtas.torch.steps import GpuSteps, PartOfBatch  # noqa: E402
+from ddtas.torch.steps import GpuSteps, OwnReferences, PartOfBatch  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not ddtas.has_cuda, reason="this build serves the CPU only"),
@@ -125,19 +125,29 @@ def test_a_stream_may_die_and_the_current_device_stays():
     assert torch.cuda.current_device() == before
 
 
-def test_steps_of_two_parts_give_the_loss_of_the_whole():
+@pytest.mark.parametrize("references", [False, True])
+def test_steps_of_two_parts_give_the_loss_of_the_whole(references):
     """What two processes of a group do, one after the other; a stand-in takes the all-gathers' place."""
     rows, labels = batch()
+    others, other_labels = batch(90, seed=1)
     whole = SoftContrastiveLoss()
-    want = whole(rows.requires_grad_(), labels)
+    more = {"ref_emb": others.requires_grad_(), "ref_labels": other_labels} if references else {}
+    want = whole(rows.requires_grad_(), labels, **more)
     want.backward()
     counts, numbers, settings = [70, 130], (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7), Settings()
     parts = []
     for first, count in ((0, 70), (70, 130)):
         own = slice(first, first + count)
-        call = Call(rows[own], labels[own], *[None] * 5, "at-asms", numbers, True, False, 0, 0)
+        columns, own_references = (rows.detach(), labels), None
+        of_call = [None, None]
+        if references:
+            columns, of_own = (others.detach(), other_labels), slice(0, 20) if first == 0 else slice(20, 90)
+            of_call = [columns[0][of_own], columns[1][of_own]]
+            own_references = OwnReferences(*of_call, rows.detach(), labels)
+        call = Call(rows[own], labels[own], *of_call, *[None] * 3, "at-asms", numbers, True, references, 0, 0)
         exchange = SimpleNamespace(total=200, counts=counts, first=first, own=own, failures=torch.zeros(2, device=rows.device))
-        parts.append(GpuSteps(Engine(), PartOfBatch(call, settings, exchange, rows[own].detach(), rows.detach(), labels)))
+        part = PartOfBatch(call, settings, exchange, rows[own].detach(), *columns, own_references)
+        parts.append(GpuSteps(Engine(), part))
     gathered = []
     for name in ("same_class", "sweep", "select", "gradient"):
         last = gathered[-2:] if name == "gradient" else gathered[-1:]
@@ -153,6 +163,8 @@ def test_steps_of_two_parts_give_the_loss_of_the_whole():
         whole._engine.read_statistics()[1:], rel=1e-4
     )
     close(torch.cat([part.own_gradient for part in parts]).cpu(), rows.grad.cpu(), 2e-5)
+    if references:
+        close(torch.cat([part.reference_gradient for part in parts]).cpu(), others.grad.cpu(), 2e-5)
 
 
 def test_a_step_and_a_memory_compile_in_one_graph():

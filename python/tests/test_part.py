@@ -120,6 +120,31 @@ def test_references_in_blocks_are_the_references_at_once(dtype):
     assert sum(part.total_neg for part in same) == whole.total_neg
 
 
+def test_references_in_parts_get_their_gradient():
+    (rows, labels), (others, other_labels) = unit_rows(30, 16, seed=26), unit_rows(70, 16, seed=27)
+    rows, others = rows.astype(np.float32), others.astype(np.float32)
+    anchors = ddtas.Part(rows, labels, others, other_labels, total=30)
+    same = anchors.same_class()
+    swept = anchors.sweep(same.min_pos)
+    totals = {"probe_neg": swept.probe_neg, "total_pos": same.total_pos}
+    chosen = anchors.select(swept.max_neg, **totals)
+    loss = anchors.gradient(chosen.count_pos, chosen.count_neg)
+    found = []
+    for a, b in [(0, 45), (45, 45), (45, 70)]:
+        turned = ddtas.Part(others[a:b], other_labels[a:b], rows, labels, total=30)
+        positive, negative, nothing = (np.full(b - a, x) for x in (np.float32(np.inf), np.float32(-np.inf), np.uint32(0)))
+        turned.same_class()
+        turned.sweep(positive, same.min_pos)
+        turned.select(negative, swept.max_neg, **totals)
+        answer = turned.gradient(nothing, nothing, chosen.count_pos, chosen.count_neg)
+        assert (answer.loss, answer.active) == (0, 0)
+        found.append(answer.gradient)
+    want = formula.expected(rows, labels, others, other_labels)
+    close(np.concatenate(found), want.reference_gradient, 1e-5)
+    close(loss.gradient, want.gradient, 1e-5)
+    assert loss.loss == pytest.approx(want.loss, rel=1e-5) and want.loss > 0
+
+
 def small():
     rows, labels = unit_rows(12, 5, seed=25)
     return rows.astype(np.float32), labels
@@ -158,7 +183,7 @@ def test_steps_out_of_order_are_refused():
 
 
 BAD_PARTS = [
-    ({"total": 3}, ValueError, "total = 3 is out of range"),
+    ({"total": 0}, ValueError, "total = 0 is out of range"),
     ({"total": -1}, ValueError, "total = -1 is out of range"),
     ({"identity": 9}, ValueError, "identity = reference 9 for anchor 0"),
     ({"identity": -2}, ValueError, "identity = -2 is out of range"),

@@ -330,7 +330,8 @@ impl<'a> Batch<'a> {
     /// batch, in the same order in every part, then any further references. `anchors` may be empty.
     ///
     /// A part's loss is evaluated in four steps, with an exchange between the parts after each:
-    /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it.
+    /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it. For the gradient of
+    /// references that are no anchors, they take the anchors' place in parts of their own (`docs/parts.md`).
     #[must_use]
     pub fn part(anchors: Rows<'a>, references: Rows<'a>, identity: Identity<'a>, total: usize) -> Self {
         Self { identity, total: Some(total), ..Self::rectangular(anchors, references) }
@@ -377,12 +378,12 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::TypeMismatch`], [`Error::NotContiguous`];
-    /// [`Error::InvalidSetting`] for a total below the number of anchors, or an identity that names no
-    /// reference or one of another label than its anchor's.
+    /// [`Error::InvalidSetting`] for a total of 0, or an identity that names no reference or one of another
+    /// label than its anchor's.
     pub fn validate(&self) -> Result<()> {
-        let anchors = self.anchors.labels.len();
         // A part may have no anchors: a process can hold no row of the batch.
-        if self.total.is_none() || anchors > 0 || self.references.is_none() {
+        let empty = self.anchors.labels.is_empty();
+        if self.total.is_none() || !empty || self.references.is_none() {
             validate_rows("anchors", &self.anchors)?;
         }
         if let Some(references) = &self.references {
@@ -394,15 +395,17 @@ impl<'a> Batch<'a> {
             }
             validate_identity(&self.identity, self.anchors.labels, references.labels)?;
         }
-        match self.total {
-            Some(total) if total < anchors.max(1) => Err(Error::InvalidSetting {
-                name: "total",
-                value: total.to_string(),
-                range: "at least 1, and at least the number of anchors",
-            }),
-            _ => Ok(()),
-        }
+        // It may be below the number of rows: those of a part may be references, to find their gradient.
+        check_total(self.total)
     }
+}
+
+/// Checks that B of the factor 1/B, if given, is not 0.
+pub(crate) fn check_total(total: Option<usize>) -> Result<()> {
+    if total != Some(0) {
+        return Ok(());
+    }
+    Err(Error::InvalidSetting { name: "total", value: "0".into(), range: "at least 1" })
 }
 
 /// Checks that the reference that `identity` names for each anchor exists and has the anchor's label.

@@ -29,6 +29,8 @@ mod steps;
 mod tangent;
 pub mod threshold;
 
+#[cfg(feature = "kernels")]
+pub(crate) use batch::check_total;
 pub use batch::{Batch, ElementType, Embeddings, Identity, OwnedEmbeddings, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, has_entries, same_length};
 pub(crate) use batch::{validate_dims, validate_identity, validate_rows};

@@ -79,8 +79,7 @@ class SoftContrastiveLoss(nn.Module):
         gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the
             average over processes by DistributedDataParallel is the gradient of the whole batch. "sum" leaves out the factor.
         gather_references: True gathers `ref_emb` over the group, as the rows are, and gives each process the gradient of its own:
-            for two networks that both learn. Every process computes the whole loss then. Default False: `ref_emb` is the same in
-            all processes, and constant.
+            for two networks that both learn. Default False: `ref_emb` is the same in all processes, and constant.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 

@@ -1,7 +1,7 @@
 """The loss of a batch whose rows are spread over the processes of a group.
 
 It is computed in four steps, with an all-gather after each (docs/parts.md, "Four steps"). Each process computes the gradient of its
-own rows only, and no gradient is sent. On GPUs, a batch that is too small for that to pay is computed whole in every process.
+own rows and references only, and no gradient is sent. On GPUs, a batch that is too small for that to pay is computed whole in every process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import CHECK_AND_WAIT, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
 from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Fingerprint, Ranks
-from .steps import CpuSteps, GpuSteps, PartOfBatch, Steps
+from .steps import CpuSteps, GpuSteps, OwnReferences, PartOfBatch, Steps
 
 _NO_REFERENCE_GRADIENT = (
     "references must not require a gradient with a process group: they are constants, the same everywhere; "
@@ -47,6 +47,7 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
     """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
     engine, rows = engine_of(call.engine), call.rows
     kind, error, about, fingerprint = steps_for(rows), None, "", (0.0, 0.0)
+    gathers = call.references is not None and kind_of_references == "gathered"
     own, references, numbers, settings = rows, call.references, list(call.numbers), DEFAULTS
     try:
         numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
@@ -58,10 +59,10 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
         own = _ready(engine, call, rows, kind, False)
         against = "each other"
         if references is not None:
-            if references.requires_grad and kind_of_references != "gathered":
+            if references.requires_grad and not gathers:
                 raise ValueError(_NO_REFERENCE_GRADIENT)
             references = _ready(engine, call, references, kind, True)
-            against = "own references" if kind_of_references == "gathered" else f"{references.shape[0]} references"
+            against = "own references" if gathers else f"{references.shape[0]} references"
             if references.shape[1] != rows.shape[1]:
                 raise ValueError(f"the references have {references.shape[1]} dimensions, and the anchors {rows.shape[1]}")
             if kind_of_references == "compared" and references.numel():
@@ -71,21 +72,26 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
     exchange = ranks.handshake(rows, about, error, fingerprint)
-    if call.references is not None and kind_of_references == "gathered":
-        return loss_of_gathered_rows(ranks, exchange, call, ranks.handshake(call.references, "references"))
-    if exchange.total == 0 or (references is not None and references.shape[0] == 0):
+    of_references = _handshake_of_references(ranks, call) if gathers else None
+    columns = exchange.total
+    if references is not None:
+        columns = references.shape[0] if of_references is None else of_references.total
+    if exchange.total == 0 or columns == 0:
         return loss_without_pairs(engine, call, numbers)
-    if kind is GpuSteps and _spared(exchange, rows, references) < STEPS_FROM:
-        return loss_of_gathered_rows(ranks, exchange, call)
+    if kind is GpuSteps and _spared(exchange, of_references, rows.shape[1], columns, call) < STEPS_FROM:
+        return loss_of_gathered_rows(ranks, exchange, call, of_references)
     exchange.waits = kind.waits
-    steps = kind(engine, _part_of(call, settings, exchange, own, references))
+    steps = kind(engine, _part_of(call, settings, exchange, own, references, of_references))
     min_pos, _ = exchange.gather_step(steps.same_class, 1, 0)
     max_neg, totals = exchange.gather_step(lambda: steps.sweep(min_pos), 1, 2)
     pos, neg, _ = exchange.gather_step(lambda: steps.select(max_neg, totals.sum(0)), 2, 0)
     (shares,) = exchange.gather_step(lambda: steps.gradient(pos, neg), 0, len(STATISTICS))
     exchange.raise_own_error()
     engine.last, statistics = steps.combined(shares)
-    gradient = steps.own_gradient.mul_(ranks.scale) if ranks.scale != 1 else steps.own_gradient
+    gradient, reference_gradient = steps.own_gradient, steps.reference_gradient
+    if ranks.scale != 1:
+        gradient.mul_(ranks.scale)
+        reference_gradient.mul_(ranks.scale)
     if ranks.gradient == "sum":
         # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole. A copy, since
         # `Engine.read_statistics` may read the original later.
@@ -93,7 +99,12 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
         statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
     if call.check == CHECK_AND_WAIT:
         engine.read_statistics()
-    return statistics[0].float(), gradient, torch.empty(0), statistics
+    return statistics[0].float(), gradient, reference_gradient, statistics
+
+
+def _handshake_of_references(ranks: Ranks, call: Call) -> BatchExchange:
+    assert call.references is not None
+    return ranks.handshake(call.references, f"references that require {'a' if call.reference_gradient else 'no'} gradient")
 
 
 def _fingerprint(rows: Tensor, labels: Tensor | None) -> Fingerprint:
@@ -108,12 +119,15 @@ def _fingerprint(rows: Tensor, labels: Tensor | None) -> Fingerprint:
     return number, 1e-3 * length
 
 
-def _spared(exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> float:
-    """Multiply-adds that a process is spared by computing its own rows only: of the similarities, and of the gradient."""
-    columns = exchange.total if references is None else references.shape[0]
-    product = float(exchange.total * columns * rows.shape[1])
+def _spared(exchange: BatchExchange, of_references: BatchExchange | None, dim: int, columns: int, call: Call) -> float:
+    """Multiply-adds that a process is spared by computing its own rows only: of the similarities, and of the gradients."""
+    product = float(exchange.total * columns * dim)
     # The whole batch against itself has two equal similarities for each pair, and computes one.
-    return (1.5 if references is None else 2) * product - 2 * product * exchange.largest / exchange.total
+    whole = 1.5 if call.references is None else 2
+    share = exchange.largest / exchange.total
+    if of_references is not None and call.reference_gradient:
+        whole, share = 3, share + of_references.largest / of_references.total
+    return (whole - 2 * share) * product
 
 
 def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps], of_references: bool) -> Tensor:
@@ -163,8 +177,20 @@ def loss_of_gathered_rows(
     return loss, gradient[exchange.own] * ranks.scale, reference_grad, statistics
 
 
-def _part_of(call: Call, settings: Settings, exchange: BatchExchange, rows: Tensor, references: Tensor | None) -> PartOfBatch:
-    reference_labels = call.reference_labels
+def _part_of(
+    call: Call,
+    settings: Settings,
+    exchange: BatchExchange,
+    rows: Tensor,
+    references: Tensor | None,
+    of_references: BatchExchange | None,
+) -> PartOfBatch:
+    reference_labels, own = call.reference_labels, None
     if references is None or reference_labels is None:
         references, reference_labels = exchange.gather_rows(rows), exchange.gather_rows(call.labels)
-    return PartOfBatch(call, settings, exchange, rows, references, reference_labels)
+    elif of_references is not None:
+        if call.reference_gradient:
+            anchors = exchange.gather_rows(rows), exchange.gather_rows(call.labels)
+            own = OwnReferences(references, reference_labels, *anchors)
+        references, reference_labels = of_references.gather_rows(references), of_references.gather_rows(reference_labels)
+    return PartOfBatch(call, settings, exchange, rows, references, reference_labels, own)

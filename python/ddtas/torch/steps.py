@@ -5,9 +5,11 @@ Each step returns what `BatchExchange.gather_step` gathers: tensors with a numbe
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple
 from typing import Any, NamedTuple, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,17 @@ from .operator import STATISTICS, TYPES, UNCHECKED, Call
 from .ranks import BatchExchange
 
 Found = tuple[list[Tensor], Tensor]
+NUMBERS_WITHOUT_PAIRS = ((math.inf, "float32"), (-math.inf, "float32"), (0, "int32"))
+"""m+, m- and both counts of a row that mines no pairs, and their types."""
+
+
+class OwnReferences(NamedTuple):
+    """This process's references, whose gradient is wanted, and the anchors of all processes; rows as the steps take them."""
+
+    rows: Tensor
+    labels: Tensor
+    anchors: Tensor
+    anchor_labels: Tensor
 
 
 class PartOfBatch(NamedTuple):
@@ -31,8 +44,9 @@ class PartOfBatch(NamedTuple):
     rows: Tensor
     """This process's rows as its steps take them: of unit length on the CPU, as given on a GPU."""
     references: Tensor
-    """All rows of the batch in the order of ranks, or the references of the call; likewise."""
+    """All rows of the batch in the order of ranks, or the references of the call or of all processes; likewise."""
     reference_labels: Tensor
+    own_references: OwnReferences | None = None
 
     @property
     def square(self) -> bool:
@@ -54,6 +68,9 @@ class CpuSteps:
     """Whether an error of another process is known after each step."""
     own_gradient: Tensor
     """dL/d(rows) of this process's rows, once `gradient` has run."""
+    reference_gradient: Tensor
+    """Likewise of its references, `[0]` unless it is wanted. It is that of a part in which the references take the anchors' place and
+    mine no pairs (docs/parts.md, "The gradient of references")."""
 
     def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
         self.engine, self.batch = engine, batch
@@ -74,26 +91,28 @@ class CpuSteps:
         return [torch.from_numpy(self.same.min_pos)], torch.empty(0, dtype=torch.int64)
 
     def sweep(self, min_pos: Tensor) -> Found:
+        self.min_pos = min_pos.numpy()
         self.swept = self.part.sweep(*self._numbers(min_pos))
         return [torch.from_numpy(self.swept.max_neg)], torch.tensor([self.swept.probe_neg, self.same.total_pos])
 
     def select(self, max_neg: Tensor, totals: Tensor) -> Found:
-        probe_neg, total_pos = totals.tolist()
-        self.selected = self.part.select(*self._numbers(max_neg), probe_neg=probe_neg, total_pos=total_pos)
+        self.max_neg, (self.probe_neg, self.total_pos) = max_neg.numpy(), totals.tolist()
+        self.selected = self.part.select(*self._numbers(max_neg), probe_neg=self.probe_neg, total_pos=self.total_pos)
         counts = [torch.from_numpy(self.selected.count_pos), torch.from_numpy(self.selected.count_neg)]
         return counts, torch.empty(0, dtype=torch.int64)
 
     def gradient(self, count_pos: Tensor, count_neg: Tensor) -> Found:
         (pos, all_pos), (neg, all_neg) = self._numbers(count_pos), self._numbers(count_neg)
         loss = self.part.gradient(pos, neg, all_pos, all_neg)
-        self.own_gradient = torch.from_numpy(loss.gradient)
+        call, own = self.batch.call, self.batch.own_references
+        self.own_gradient = self._of_rows_as_given(loss.gradient, call.rows)
+        if own is None or call.references is None:
+            self.reference_gradient = torch.empty(0)
+        else:
+            turned = self._gradient_of_references(own, count_pos.numpy(), count_neg.numpy())
+            self.reference_gradient = self._of_rows_as_given(turned, call.references)
         active = (pos > 0) & (neg > 0)
-        call = self.batch.call
         ignored, not_finite = count_labels(call.labels)
-        if call.normalize and self.own_gradient.numel():
-            rows = laid_out(call.rows.detach())
-            place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
-            _ddtas._normalize_backward_at(self.engine.host, place, self.own_gradient.data_ptr())
         statistics = {
             "loss": loss.loss,
             "dloss_dlambda_pos": loss.dloss_dlambda_pos,
@@ -112,6 +131,33 @@ class CpuSteps:
             "not_finite": not_finite,
         }
         return [], torch.tensor([float(statistics[name]) for name in STATISTICS], dtype=torch.float64)
+
+    def _gradient_of_references(self, own: OwnReferences, count_pos: Any, count_neg: Any) -> Any:
+        settings, total = self.batch.settings, self.batch.exchange.total
+        part = Part(
+            own.rows,
+            own.labels,
+            own.anchors,
+            own.anchor_labels,
+            total=total,
+            settings=settings,
+            check=False,
+            context=self.engine.host,
+        )
+        low, high, none = (np.full(own.rows.shape[0], value, kind) for value, kind in NUMBERS_WITHOUT_PAIRS)
+        part.same_class()
+        part.sweep(low, self.min_pos)
+        part.select(high, self.max_neg, probe_neg=self.probe_neg, total_pos=self.total_pos)
+        return part.gradient(none, none, count_pos, count_neg).gradient
+
+    def _of_rows_as_given(self, gradient: Any, given: Tensor) -> Tensor:
+        """The gradient of rows of unit length as that of the rows as they were given."""
+        found = torch.from_numpy(gradient)
+        if self.batch.call.normalize and found.numel():
+            rows = laid_out(given.detach())
+            place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
+            _ddtas._normalize_backward_at(self.engine.host, place, found.data_ptr())
+        return found
 
     def combined(self, shares: Tensor) -> tuple[list[float], Tensor]:
         """The statistics of the batch from what all processes' `gradient` has found, for `Engine.last` and as a tensor."""
@@ -132,37 +178,68 @@ class GpuSteps:
     takes_unit_rows = False
     waits = False
     own_gradient: Tensor
+    reference_gradient: Tensor
 
     def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
         self.engine, self.batch = engine, batch
         self.part: Any = None
-        self.all_labels = batch.reference_labels if batch.square else batch.exchange.gather_rows(batch.call.labels)
+        self.held: list[Tensor] = []
+        if batch.square:
+            self.all_labels = batch.reference_labels
+        elif batch.own_references is not None:
+            self.all_labels = batch.own_references.anchor_labels
+        else:
+            self.all_labels = batch.exchange.gather_rows(batch.call.labels)
 
     def same_class(self) -> Found:
-        (min_pos,) = self._row_numbers(torch.float32, 1)
-        self.own_gradient = torch.empty(self.batch.rows.shape, dtype=torch.float32, device=self.batch.rows.device)
+        (min_pos,), rows = self._row_numbers(torch.float32, 1), self.batch.rows
+        self.own_gradient = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         if self._has_rows:
-            self._begin()
+            self.part = self._part_of_rows()
             self.part.same_class(min_pos.data_ptr())
         return [min_pos], self._sums(torch.int64, 0)
 
     def sweep(self, min_pos: Tensor) -> Found:
+        self.min_pos = min_pos
         (max_neg,), totals = self._row_numbers(torch.float32, 1), self._sums(torch.int64, 2)
         if self._has_rows:
             self.part.sweep(self._given(min_pos), max_neg.data_ptr(), totals.data_ptr())
         return [max_neg], totals
 
     def select(self, max_neg: Tensor, totals: Tensor) -> Found:
+        self.max_neg, self.totals = max_neg, totals
         counts = self._row_numbers(torch.int32, 2)
         if self._has_rows:
             self.part.select(self._given(max_neg), totals.data_ptr(), [count.data_ptr() for count in counts])
         return counts, self._sums(torch.int64, 0)
 
     def gradient(self, count_pos: Tensor, count_neg: Tensor) -> Found:
-        scalars = self._sums(torch.float64, len(STATISTICS))
+        scalars, own = self._sums(torch.float64, len(STATISTICS)), self.batch.own_references
         if self._has_rows:
             self.part.gradient([self._given(count_pos), self._given(count_neg)], scalars.data_ptr())
+        self.reference_gradient = self._sums(torch.float32, 0) if own is None else self._gradient_of_references(own, count_pos, count_neg)
         return [], scalars
+
+    def _gradient_of_references(self, own: OwnReferences, count_pos: Tensor, count_neg: Tensor) -> Tensor:
+        gradient = torch.empty(own.rows.shape, dtype=torch.float32, device=own.rows.device)
+        if own.rows.shape[0]:
+            # Every part has checked all references.
+            part = self._part(own.rows, own.labels, own.anchors, own.anchor_labels, gradient, (None, 0), False)
+            low, high, none = (
+                torch.full(own.labels.shape, value, dtype=getattr(torch, kind), device=own.rows.device)
+                for value, kind in NUMBERS_WITHOUT_PAIRS
+            )
+            unused, unused_too = torch.empty_like(low), torch.empty_like(low)
+            totals, scalars = self._sums(torch.int64, 2), self._sums(torch.float64, len(STATISTICS))
+
+            def given(value: Tensor, of_anchors: Tensor) -> tuple[int, int, int]:
+                return value.data_ptr(), of_anchors.data_ptr(), of_anchors.shape[0]
+
+            part.same_class(unused.data_ptr())
+            part.sweep(given(low, self.min_pos), unused.data_ptr(), totals.data_ptr())
+            part.select(given(high, self.max_neg), self.totals.data_ptr(), [unused.data_ptr(), unused_too.data_ptr()])
+            part.gradient([given(none, count_pos), given(none, count_neg)], scalars.data_ptr())
+        return gradient
 
     def combined(self, shares: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """As on the CPU, of `LossScalars` (kernels/params.h), whose counts are integers. If a process has failed, the loss becomes
@@ -171,6 +248,9 @@ class GpuSteps:
         nan_or_zero = torch.where(failures.sum() > 0, torch.nan, 0.0)
         shares[:, :SUMS_END] += nan_or_zero
         self.own_gradient += nan_or_zero
+        if self.reference_gradient.numel():
+            # Its part has not seen all rows.
+            self.reference_gradient += torch.where(shares[:, 0].sum().isnan(), torch.nan, 0.0)
         # Each process has checked its own rows, and every part checks all references: the words that name a bad one are any part's.
         first = next(rank for rank, count in enumerate(self.batch.exchange.counts) if count)
         counts = shares.view(torch.int64)
@@ -185,24 +265,36 @@ class GpuSteps:
     def _has_rows(self) -> bool:
         return self.batch.rows.shape[0] > 0
 
-    def _begin(self) -> None:
+    def _part_of_rows(self) -> Any:
         batch, call = self.batch, self.batch.call
-        gpu, place = self.engine.on_gpu(batch.rows)
-        # Held until the last step is issued.
-        self.held = [batch.rows, laid_out(call.labels), batch.references, laid_out(batch.reference_labels)]
         identity: tuple[int | None, int] = (batch.first if batch.square else None, 0)
         if call.identity is not None:
-            self.held.append(call.identity.to(torch.int32).contiguous())
-            identity = None, self.held[-1].data_ptr()
-        rows, labels, references, reference_labels = self.held[:4]
-        sides = [
-            (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], gradient)
-            for side, given, gradient in ((rows, labels, self.own_gradient.data_ptr()), (references, reference_labels, 0))
-        ]
-        mining, *numbers = astuple(batch.settings)
-        make = getattr(_ddtas, "CudaPart")
+            self.identity = call.identity.to(torch.int32).contiguous()
+            identity = None, self.identity.data_ptr()
         check = call.check != UNCHECKED
-        self.part = make(gpu, place, sides, identity, batch.exchange.total, mining, numbers, check, call.normalize)
+        return self._part(batch.rows, call.labels, batch.references, batch.reference_labels, self.own_gradient, identity, check)
+
+    def _part(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        references: Tensor,
+        reference_labels: Tensor,
+        gradient: Tensor,
+        identity: tuple[int | None, int],
+        check: bool,
+    ) -> Any:
+        """A part of these rows, which are held until the steps have been issued."""
+        gpu, place = self.engine.on_gpu(rows)
+        labels, reference_labels = laid_out(labels), laid_out(reference_labels)
+        self.held += [labels, reference_labels]
+        sides = [
+            (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], into)
+            for side, given, into in ((rows, labels, gradient.data_ptr()), (references, reference_labels, 0))
+        ]
+        mining, *numbers = astuple(self.batch.settings)
+        make = getattr(_ddtas, "CudaPart")
+        return make(gpu, place, sides, identity, self.batch.exchange.total, mining, numbers, check, self.batch.call.normalize)
 
     def _row_numbers(self, dtype: torch.dtype, lists: int) -> list[Tensor]:
         rows = self.batch.rows

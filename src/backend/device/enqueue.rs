@@ -12,7 +12,7 @@ use super::steps::{Given, NumberKind};
 use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
-use crate::loss::{LossSettings, same_length};
+use crate::loss::{LossSettings, check_total, same_length};
 use crate::{Error, Result};
 
 /// Says which reference is the same row as an anchor; see [`Identity`](crate::loss::Identity).
@@ -73,14 +73,7 @@ impl ResidentPart {
             ResidentIdentity::List(address) => aligned("identity", address, 4)?,
             ResidentIdentity::ByValue | ResidentIdentity::From(_) => {}
         }
-        if self.total < self.batch.anchors.count {
-            return Err(Error::InvalidSetting {
-                name: "total",
-                value: self.total.to_string(),
-                range: "at least 1, and at least the number of anchors",
-            });
-        }
-        Ok(())
+        check_total(Some(self.total))
     }
 
     fn shape(&self, tf32: bool, numbers: bool) -> Shape {
