@@ -47,6 +47,38 @@ fn the_number_of_threads_changes_no_bit() {
     }
 }
 
+/// Loss and both gradients of a small batch, as bits.
+fn gradients(threads: usize, rows: usize, dim: usize) -> Vec<u32> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let how = Draw { rows, dim, classes: rows / 5, noise: 1.6, ignored: 0, duplicates: 0 };
+        let (anchors, labels) = draw(how, 1);
+        let (references, reference_labels) = draw(how, 2);
+        let references = Rows::new(references.view(), &reference_labels);
+        let square = Batch::square(anchors.view(), &labels);
+        let rectangular = Batch::rectangular(square.anchors, references).with_reference_gradient();
+        let (mut backend, mut bits) = (CpuBackend::new(), Vec::new());
+        for batch in [square, rectangular] {
+            let mut output = LossOutput::default();
+            backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
+            bits.push(output.loss.to_bits() as u32);
+            let both = output.gradient.iter().chain(output.reference_gradient.iter().flatten());
+            bits.extend(both.map(|x| x.to_bits()));
+        }
+        bits
+    })
+}
+
+#[test]
+fn few_blocks_of_any_dimension_are_divided_among_any_number_of_threads() {
+    for (rows, dim) in [(140, 500), (170, 200), (170, 193), (165, 273), (20, 40), (300, 17), (80, 512)] {
+        let alone = gradients(1, rows, dim);
+        for threads in [2, 3, 4, 5, 6, 7, 8, 10, 16, 33, 64] {
+            assert!(alone == gradients(threads, rows, dim), "{rows} x {dim}, {threads} threads");
+        }
+    }
+}
+
 #[test]
 fn the_budget_changes_no_bit() {
     let kept = everything(2, 1 << 26, Mining::AtAsms);

@@ -51,7 +51,7 @@ impl Walk<'_> {
         self.workers.count().div_ceil(blocks).min(dim.div_ceil(TASK_DIMENSIONS))
     }
 
-    /// Sums weighted rows for every row of the owner, in `parts` ranges of dimensions. `finish` gets a row's
+    /// Sums weighted rows for every row of the owner, in at most `parts` ranges of dimensions. `finish` gets a row's
     /// position, first dimension and sum. The values it returns, and the tiles' totals, are added up in a
     /// fixed order.
     pub fn run(
@@ -61,15 +61,18 @@ impl Walk<'_> {
         parts: usize,
         finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
     ) -> TaskSums {
-        let tasks = self.known.pairs.side(owner).order.blocks.len() * parts;
+        let Side { order, dim, .. } = self.known.pairs.side(owner);
+        let groups = dim.div_ceil(GROUP);
+        let size = groups.div_ceil(parts).next_multiple_of(TASK_DIMENSIONS / GROUP);
+        // Ranges of this size may be fewer; none is empty.
+        let parts = groups.div_ceil(size);
+        let tasks = order.blocks.len() * parts;
         self.task_sums.resize_with(tasks, Mutex::default);
         let Self { known, tiles, workers, scratch, task_sums } = &*self;
         let (side, pairs) = (self.known.pairs.side(owner), known.pairs);
-        let groups = side.dim.div_ceil(GROUP);
-        let size = groups.div_ceil(parts).next_multiple_of(TASK_DIMENSIONS / GROUP);
         workers.for_each(tasks, scratch, |task, scratch| {
             let block = task / parts;
-            let first = (task % parts * size).min(groups);
+            let first = task % parts * size;
             let part = Dimensions { first, end: (first + size).min(groups) };
             let rows = side.order.blocks[block];
             scratch.gradient.begin(rows.rows, part);
