@@ -27,5 +27,5 @@ cargo test --release "${packages[@]}" --test cuda -- --nocapture
 # The backend's calls of the driver, recorded by a stand-in that computes nothing.
 cargo test --release "${packages[@]}" --test driver
 
-# Checks that programs and benches for a GPU compile, too.
-cargo check --release "${packages[@]}" --all-targets
+# Programs and benches for a GPU are checked, too.
+cargo clippy --release "${packages[@]}" --all-targets -- -D warnings

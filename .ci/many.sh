@@ -13,20 +13,22 @@ cd "$(dirname "$0")/.."
 python() {
     source .ci/environment.sh
     install pytest numpy pillow
-    CARGO_TARGET_DIR=$PWD/target/python-build install --force-reinstall --no-deps .
     if ! has torch && ! "$python" .ci/torch_cpu.py; then
         echo "torch cannot be installed here: its processes are skipped"
         return
     fi
-    # The same package with the emulated device in place of a GPU, in a folder of its own.
+    # The package with the emulated device in place of a GPU, in a folder of its own.
     (
         source .ci/tools.sh
-        CARGO_TARGET_DIR=$PWD/target/python-build cargo build --release --locked --quiet --manifest-path python/Cargo.toml --features emulated
+        export CARGO_TARGET_DIR=$PWD/target/python-build
+        cargo build --release --locked --quiet --manifest-path python/Cargo.toml --features emulated
+        cargo clippy --release --locked --quiet --manifest-path python/Cargo.toml --features emulated -- -D warnings
     )
     mkdir "$place/emulated"
     cp -r python/ddtas "$place/emulated"
     cp target/python-build/release/lib_ddtas.so "$place/emulated/ddtas/_ddtas.abi3.so"
-    PYTHONPATH=$place/emulated "$python" -m pytest -q python/tests/{many_group,test_emulated}.py
+    export PYTHONPATH=$place/emulated
+    "$python" -m pytest -q python/tests/{many_group,test_emulated}.py
     cargo build --release --quiet --bin make-fixture --bin ddtas-train
     local root
     root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")

@@ -28,8 +28,8 @@ echo "tested (${SECONDS}s)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
-modules=(python/ddtas/{__init__,evaluation,functional,part,settings}.py)
-if has torch; then modules+=(python/ddtas/torch/{__init__,engine,generator,loss,memory,operator,parts,ranks,search,steps}.py); fi
+modules=(python/ddtas/*.py)
+if has torch; then modules+=(python/ddtas/torch/*.py); fi
 "$python" -m mypy --strict --follow-imports=silent "${modules[@]}"
 "$python" -m mypy.stubtest ddtas._ddtas
 echo "checked (${SECONDS}s)"

@@ -120,14 +120,8 @@ fn side((embeddings, labels, count, _, _, gradient): Target) -> ResidentRows {
 /// uint32 for each anchor, or 0.
 pub type Known = (Option<usize>, usize);
 
-/// The anchors of one side, compared with those of the second if there is one; `total` anchors have all parts together.
-/// With `normalize` rows may have any length, and the gradients are with respect to the rows as given.
-pub fn part_of(
-    sides: &[Target],
-    identity: Known,
-    total: usize,
-    (check, normalize): (bool, bool),
-) -> PyResult<ResidentPart> {
+/// The anchors of one side, compared with those of the second if there is one.
+pub fn batch_of(sides: &[Target], check: bool) -> PyResult<ResidentBatch> {
     let (anchors, references) = match sides {
         [anchors] => (anchors, None),
         [anchors, references] if (anchors.3, anchors.4) == (references.3, references.4) => {
@@ -137,19 +131,29 @@ pub fn part_of(
     };
     let refused = || PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16");
     let dtype = element_type(anchors.4).ok_or_else(refused)?;
-    let identity = match identity {
-        (Some(first), _) => ResidentIdentity::From(first),
-        (None, 0) => ResidentIdentity::ByValue,
-        (None, address) => ResidentIdentity::List(address as u64),
-    };
-    let batch = ResidentBatch {
+    Ok(ResidentBatch {
         dim: anchors.3,
         dtype,
         anchors: side(*anchors),
         references: references.map(side),
         check: unit_check(check),
+    })
+}
+
+/// The same as a part; `total` anchors have all parts together. With `normalize` rows may have any length, and
+/// the gradients are with respect to the rows as given.
+pub fn part_of(
+    sides: &[Target],
+    identity: Known,
+    total: usize,
+    (check, normalize): (bool, bool),
+) -> PyResult<ResidentPart> {
+    let identity = match identity {
+        (Some(first), _) => ResidentIdentity::From(first),
+        (None, 0) => ResidentIdentity::ByValue,
+        (None, address) => ResidentIdentity::List(address as u64),
     };
-    Ok(ResidentPart { batch, identity, total, normalize })
+    Ok(ResidentPart { batch: batch_of(sides, check)?, identity, total, normalize })
 }
 
 /// Settings with the address of both thresholds in float64, or 0.

@@ -133,11 +133,11 @@ def thresholds_get_their_derivative(world):
     rows, labels = batch(sum(counts))
     own = world.own(counts)
     found = {}
-    for group, gradient in ((None, "mean"), (world.group, "mean"), (world.group, "sum")):
+    for group, gradient in ((False, "mean"), (world.group, "mean"), (world.group, "sum")):
         pos, neg = (torch.nn.Parameter(torch.tensor([start])) for start in (0.6, 0.65))
         loss = SoftContrastiveLoss(lambda_pos=pos, lambda_neg=neg, group=group, gradient=gradient)
         loss(rows[own] if group else rows, labels[own] if group else labels).backward()
-        found[group is not None, gradient] = torch.cat([pos.grad, neg.grad])
+        found[bool(group), gradient] = torch.cat([pos.grad, neg.grad])
     want = found[False, "mean"]
     assert want.all()
     close(found[True, "mean"], want)
@@ -469,9 +469,9 @@ def half_precision_travels_as_it_is(world):
     layer = torch.nn.Linear(DIM, 64)
     for dtype in (torch.float32, torch.bfloat16):
         found = []
-        for group in (None, world.group):
+        for group in (False, world.group):
             loss, net = SoftContrastiveLoss(group=group, gradient="sum"), copy.deepcopy(layer)
-            mine = slice(None) if group is None else own
+            mine = own if group else slice(None)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 value = loss(net(rows[mine]), labels[mine])
             value.backward()
@@ -512,19 +512,15 @@ def a_group_may_be_named_before_it_exists(world):
     rows, labels = batch(8, seed=world.rank)
     want = SoftContrastiveLoss(group=world.group)(rows, labels)
     with patched(dist, is_initialized=lambda: False):
-        named, early = SoftContrastiveLoss(group="world"), SoftContrastiveLoss(group=None)
+        named = SoftContrastiveLoss(group="world")
         assert "group=world" in repr(named)
         compiled = torch.compile(copy.deepcopy(named), backend="eager")
         close(compiled(rows, labels), SoftContrastiveLoss()(rows, labels))
     assert compiled(rows, labels) == want == pickle.loads(pickle.dumps(named))(rows, labels)
     assert named(rows, labels) == want and f"group={SIZE} processes" in repr(named)
     assert pickle.loads(pickle.dumps(named))(rows, labels) == copy.deepcopy(named)(rows, labels) == want
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert early(rows, labels) != want
-    texts = [str(warning.message) for warning in warned]
-    assert sum(f'say group="world" for the rows of all {SIZE} processes' in text for text in texts) == 1, texts
+    with raises(ValueError, 'group is None, as torch.distributed.group.WORLD is before init_process_group: say "world"'):
+        SoftContrastiveLoss(group=None)
 
 
 def synchronised_batch_norm_is_torch_s_own(world):

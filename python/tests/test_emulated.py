@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 from contextlib import nullcontext  # noqa: E402
 
 from ddtas import _ddtas  # noqa: E402
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss  # noqa: E402
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator  # noqa: E402
+from ddtas.torch import recall_at_k, threshold_gradient  # noqa: E402
 from emulated import built, emulated_gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not built, reason="this build has no emulated device")
@@ -63,6 +64,71 @@ def test_a_bad_row_makes_the_loss_nan_and_is_named_when_it_is_asked_for():
             loss.check()
         with pytest.raises(ValueError, match="row 5 of the anchors"):
             SoftContrastiveLoss(check="wait")(rows, labels)
+
+
+def test_a_loss_asks_torch_for_room_alone():
+    loss = SoftContrastiveLoss()
+    rows, labels = batch()
+    with emulated_gpu():
+        loss(rows.requires_grad_(), labels)
+        with torch.autograd.profiler.profile() as profile:
+            value = loss(rows, labels)
+    assert [event.name for event in profile.function_events] == ["aten::to", "_Eager", *["aten::empty"] * 3]
+    upstream = torch.tensor(2.0)
+    with torch.autograd.profiler.profile() as profile:
+        torch.autograd.grad(value, rows, upstream)
+    # The upstream gradient is read on the CPU only, not on a GPU.
+    read = ["aten::item", "aten::_local_scalar_dense"]
+    assert [event.name for event in profile.function_events if event.name.startswith("aten")] == [*read, "aten::mul"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_searches_threshold_gradients_and_the_generator_give_the_processor_s_numbers(dtype):
+    rows, labels = batch(dtype=dtype)
+    others, other_labels = batch(33, 1, dtype)
+    unit, others = (torch.nn.functional.normalize(side.float(), dim=1).to(dtype) for side in (rows, others))
+    tangents = [torch.randn(side.shape, generator=torch.Generator().manual_seed(3)) for side in (unit, others)]
+    torch.manual_seed(0)
+    network, found = torch.nn.Linear(DIM, 12), []
+    for device in (nullcontext(), emulated_gpu()):
+        generator = ThresholdGenerator(SoftContrastiveLoss(lambda_pos=0.6, lambda_neg=0.6), network)
+        with device:
+            found.append((
+                recall_at_k(rows, labels),
+                threshold_gradient(unit, labels, tangents[0]),
+                threshold_gradient(unit, labels.to(torch.int32), tangents[0], others, other_labels, tangents[1], check=False),
+            ))  # fmt: skip
+            generator.step(rows.float(), labels, batch(60, 4))
+        found[-1] += (generator.hypergradient,)
+    (recall, *want), (got_recall, *got) = found
+    assert got_recall == recall and all(any(sums) for sums in want)
+    for mine, sums in zip(got, want):
+        assert mine == pytest.approx(sums, rel=1e-4)
+
+
+def test_arguments_of_another_shape_type_or_place_are_refused():
+    rows, labels = unit_rows(20, DIM, 0)
+    rows, labels = torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)
+    with emulated_gpu():
+        for given, kind, message in (
+            ((rows.double(), labels, rows), TypeError, "float32, float16 or bfloat16"),
+            ((rows, labels[:3], rows), ValueError, r"labels must be \[20\], not \[3\]"),
+            ((rows, labels, rows[:3]), ValueError, r"tangent must be \[20, 40\], not \[3, 40\]"),
+            ((rows, labels, rows.double()), TypeError, "tangent must be float32, not float64"),
+            ((rows, labels, rows.to("meta")), ValueError, "tangent are on meta"),
+            ((rows, labels, rows, rows[:5, :7], labels[:5]), TypeError, "one type and one dimension"),
+            ((rows, labels, rows, rows[:5], labels[:5], rows), ValueError, r"tangent of the references must be \[5, 40\]"),
+        ):
+            with pytest.raises(kind, match=message):
+                threshold_gradient(*given)
+        for given, kind, message in (
+            ((rows[0], labels), ValueError, "must have 2 dimensions"),
+            ((rows, labels[:3]), ValueError, r"labels must be \[20\], not \[3\]"),
+            ((rows, labels, [0]), ValueError, "0"),
+            ((rows.int(), labels), TypeError, "must be float32, float16"),
+        ):
+            with pytest.raises(kind, match=message):
+                recall_at_k(*given)
 
 
 def test_a_search_in_blocks_gives_the_processor_s_metrics():

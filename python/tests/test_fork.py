@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -121,7 +123,13 @@ def test_a_pool_of_forked_processes_computes():
 
 
 def test_the_worker_of_a_data_loader_computes():
-    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    # In a fresh process: torch refuses to differentiate in a fork once its threads for that have started.
+    subprocess.run([sys.executable, __file__], check=True, timeout=2 * SECONDS)
+
+
+def compute_in_a_data_loader():
+    import torch
     from ddtas.torch import SoftContrastiveLoss, recall_at_k
 
     loss = SoftContrastiveLoss(threads=2)
@@ -145,3 +153,7 @@ def test_the_worker_of_a_data_loader_computes():
     assert [there[0] for there in loader] == [here[0]] * 3
     for there in loader:
         assert there == pytest.approx(here, rel=1e-6)
+
+
+if __name__ == "__main__":
+    compute_in_a_data_loader()

@@ -1,9 +1,7 @@
 """torch's compiler, export and transforms see the loss as an operator: no break in the graph, no second compilation."""
 
 import copy
-import ctypes
 
-import numpy as np
 import pytest
 from formula import unit_rows
 
@@ -11,7 +9,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 
 import ddtas  # noqa: E402
 import torch._dynamo.testing  # noqa: E402
-from ddtas import _ddtas  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, operator  # noqa: E402
 from torch.nn.functional import normalize  # noqa: E402
 
@@ -174,80 +171,6 @@ def test_a_batch_of_batches_and_of_upstreams_have_the_gradients_of_each():
     scales = torch.tensor([1.0, 2.0, 0.0])
     (got,) = torch.autograd.grad(value, rows, scales, is_grads_batched=True)
     assert torch.equal(got, scales[:, None, None] * want[0])
-
-
-class OnHost:
-    """A stand-in for the compiled module's `CudaContext` that computes on the CPU from the given addresses."""
-
-    def __init__(self):
-        self.context = ddtas.Context(1)
-
-    def enqueue_loss(self, place, sides, identity, lambdas, mining, numbers, check, output, normalize):
-        anchors, others = sides[0], sides[1] if len(sides) > 1 else None
-        known = None
-        if identity:
-            known = np.array((ctypes.c_int32 * anchors[2]).from_address(identity)[:], np.int64)
-        if lambdas:
-            numbers = [*numbers[:6], *(ctypes.c_double * 2).from_address(lambdas)]
-        asked = others is not None and others[5] != 0
-        self.found = loss, gradient, back, scalars, _ = _ddtas._loss_at(
-            self.context,
-            anchors[:5],
-            None if others is None else others[:5],
-            0 if known is None else known.ctypes.data,
-            mining,
-            numbers,
-            (normalize, asked, check),
-        )
-        pairs = [(output[1], loss), (output[0], scalars), (anchors[5], gradient)] + ([(others[5], back)] if asked else [])
-        for address, answer in pairs:
-            ctypes.memmove(address, answer.ctypes.data, answer.nbytes)
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    """Sends CPU rows the way of GPU rows; not in compiled graphs, where they stay CPU rows."""
-    monkeypatch.setattr(_ddtas, "has_cuda", True)
-    monkeypatch.setattr(_ddtas, "CudaContext", lambda *_: OnHost(), raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    return lambda: monkeypatch.setattr(operator, "_on_cpu", operator._on_gpu)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["square", "references", "learned", "memory"])
-def test_a_gpu_is_told_the_addresses_that_the_processor_reads(on_gpu, form, dtype):
-    results = []
-    for way in (lambda: None, on_gpu):
-        way()
-        threshold = torch.nn.Parameter(torch.tensor([0.6]))
-        loss = SoftContrastiveLoss(lambda_neg=threshold if form == "learned" else 0.6)
-        rows, labels = batch(dtype=dtype)
-        others, other_labels = batch(23, seed=1, dtype=dtype)
-        leaf = rows.T.contiguous().requires_grad_()
-        more = {"ref_emb": others.requires_grad_(), "ref_labels": other_labels} if form in ("references", "learned") else {}
-        module = CrossBatchMemory(loss, DIM, 60) if form == "memory" else loss
-        value = module(leaf.T, labels, **more)
-        (2 * value).backward()
-        results.append((value.detach(), leaf.grad, others.grad, threshold.grad))
-    assert type(loss._engine.gpu) is OnHost and results[0][0] > 0 and results[0][1].any()
-    for mine, want in zip(*results):
-        assert (mine is None and want is None) or torch.equal(mine, want)
-
-
-def test_a_loss_on_a_gpu_asks_torch_for_room_alone(on_gpu):
-    on_gpu()
-    loss = SoftContrastiveLoss()
-    rows, labels = batch()
-    loss(rows.requires_grad_(), labels)
-    with torch.autograd.profiler.profile() as profile:
-        value = loss(rows, labels)
-    assert [event.name for event in profile.function_events] == ["aten::to", "_Eager", *["aten::empty"] * 3]
-    upstream = torch.tensor(2.0)
-    with torch.autograd.profiler.profile() as profile:
-        torch.autograd.grad(value, rows, upstream)
-    # The upstream gradient is read on the CPU only, not on a GPU.
-    read = ["aten::item", "aten::_local_scalar_dense"]
-    assert [event.name for event in profile.function_events if event.name.startswith("aten")] == [*read, "aten::mul"]
 
 
 class Network(torch.nn.Module):

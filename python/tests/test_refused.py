@@ -315,6 +315,17 @@ def test_numbers_out_of_range_are_named():
     ):
         with pytest.raises(TypeError, match=f"^{message}$"):
             refused()
+    for name, value, kind, message in (
+        ("lambda_pos", "0.6", TypeError, "must be numbers or tensors, not str"),
+        ("lambda_neg", 9, ValueError, "lambda_neg = 9.* is out of range"),
+        ("lambda_neg", float("nan"), ValueError, "lambda_neg = NaN is out of range"),
+        ("normalize_embeddings", "no", TypeError, "must be True or False, not 'no'"),
+        ("alpha", "40", TypeError, "alpha"),
+    ):
+        before = getattr(loss, name)
+        with pytest.raises(kind, match=message):
+            setattr(loss, name, value)
+        assert getattr(loss, name) == before and loss(ROWS, LABELS) > 0
     assert CrossBatchMemory(loss, np.int64(8), np.int32(40))(ROWS, LABELS) > 0
     assert SoftContrastiveLoss(workspace_budget=np.int64(1))(ROWS, LABELS) > 0
     with pytest.raises(TypeError, match="threads = 'two' must be an integer"):

@@ -53,6 +53,10 @@ class Engine:
         device = rows.get_device()
         return self.gpu, (device, getattr(torch._C, "_cuda_getCurrentRawStream")(device))
 
+    def on_a_gpu(self, rows: Tensor) -> bool:
+        """Whether rows are computed by `on_gpu`'s context."""
+        return rows.is_cuda
+
     def read_statistics(self) -> list[float] | None:
         """The statistics of the last loss; None before the first. Waits for a GPU, and then raises ValueError for a bad row, and
         RuntimeError if another process of the group has failed."""

@@ -101,7 +101,6 @@ class SoftContrastiveLoss(nn.Module):
     _world = False
     _ranks: Ranks | None = None
     _references: References = "compared"
-    _lacks_group = False
 
     def __init__(
         self,
@@ -130,8 +129,6 @@ class SoftContrastiveLoss(nn.Module):
         refuse_arguments("SoftContrastiveLoss", others)
         if not isinstance(check, bool) and check != "wait":
             raise ValueError(f'check must be True, False or "wait", not {check!r}')
-        if not isinstance(normalize_embeddings, bool):
-            raise TypeError(f"normalize_embeddings must be True or False, not {normalize_embeddings!r}")
         _refuse_learned(
             gamma=gamma, negative_ratio=negative_ratio, probe_ratio=probe_ratio, tolerance=tolerance, alpha=alpha, beta=beta
         )
@@ -151,14 +148,17 @@ class SoftContrastiveLoss(nn.Module):
         elif self._world and initialized():
             self._find_world()
         self._references = "gathered" if gather_references else "compared"
-        # As `dist.group.WORLD` is, if it is read too early.
-        self._lacks_group = group is None and not initialized()
         self._warned: set[str] = set()
         self._engine = Engine(threads, workspace_budget, allow_tf32)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and (name == "check" or type(self) is SoftContrastiveLoss):
             raise AttributeError(f"{name} is an argument of SoftContrastiveLoss and cannot be changed later: make a new loss")
+        if name in THRESHOLDS and not isinstance(value, Tensor):
+            threshold: dict[str, Any] = {name: _number(value)}
+            dataclasses.replace(self._settings, **threshold)  # raises if it is out of range
+        if name == "normalize_embeddings" and not isinstance(value, bool):
+            raise TypeError(f"normalize_embeddings must be True or False, not {value!r}")
         super().__setattr__(name, value)
 
     def forward(
@@ -296,8 +296,6 @@ class SoftContrastiveLoss(nn.Module):
         )
         if not torch.compiler.is_compiling() and not _traced():
             last = self._engine.last
-            if self._lacks_group:
-                self._warn_of_no_group()
             if isinstance(last, list):
                 # Skips `_warn` for most batches, by cheaper conditions.
                 if last[_IGNORED] or last[_NOT_FINITE] or not (last[_MEAN_POS] < NEARLY_ONE or last[_MEAN_NEG] < NEARLY_ONE):
@@ -414,17 +412,6 @@ class SoftContrastiveLoss(nn.Module):
             return
         if number := int((labels < 0).sum()):
             self._warn_once("ignored_references", f"references with a negative label: {number}; they are in no pair")
-
-    @_warning
-    def _warn_of_no_group(self) -> None:
-        if initialized():
-            self._lacks_group = False
-            if (size := dist.get_world_size()) > 1:
-                self._warn_once(
-                    "group",
-                    "group is None, as torch.distributed.group.WORLD is before init_process_group, so the loss is that of this "
-                    f'process alone: say group="world" for the rows of all {size} processes, or leave the argument out',
-                )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

@@ -83,9 +83,14 @@ def _as_outputs(outputs: EagerOutputs) -> Outputs:
     return loss, gradient, gradient.new_empty(0) if reference_grad is None else reference_grad, statistics
 
 
-def check_call(call: Call) -> None:
+def check_sides(
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    identity: Tensor | None = None,
+) -> None:
     """Checks types, shapes and devices: the compiled module gets addresses only, and would read beyond a tensor's memory."""
-    rows, labels, references, reference_labels, identity = call[:5]
     if rows.dtype not in TYPES:
         raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {_name(rows.dtype)}")
     if rows.ndim != 2:
@@ -132,7 +137,7 @@ def _fake(call: Call) -> Outputs:
 
 
 def _on_cpu(call: Call) -> EagerOutputs:
-    check_call(call)
+    check_sides(*call[:5])
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, key = call[7:]
     engine = engine_of(key)
@@ -168,7 +173,7 @@ def _on_cpu(call: Call) -> EagerOutputs:
 
 def _on_gpu(call: Call) -> EagerOutputs:
     """Enqueues the loss on torch's current stream. Waits for the result only if `check` says so."""
-    check_call(call)
+    check_sides(*call[:5])
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, key = call[7:]
     engine = engine_of(key)
@@ -185,10 +190,7 @@ def _on_gpu(call: Call) -> EagerOutputs:
         if thresholds is None:
             numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     indices = None if identity is None else identity.to(torch.int32).contiguous()
-    targets = [
-        (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], 0 if out is None else out.data_ptr())
-        for side, given, out in zip(sides, side_labels, (gradient, reference_grad))
-    ]
+    targets = [target_of(*side) for side in zip(sides, side_labels, (gradient, reference_grad))]
     gpu.enqueue_loss(
         place,
         targets,
@@ -204,6 +206,11 @@ def _on_gpu(call: Call) -> EagerOutputs:
     if check == CHECK_AND_WAIT:
         engine.read_statistics()
     return loss, gradient, reference_grad, statistics
+
+
+def target_of(rows: Tensor, labels: Tensor, gradient: Tensor | None = None) -> tuple[int, ...]:
+    """Rows, labels and the gradient to be written on a GPU, as the compiled module takes them (`Target` in resident.rs)."""
+    return rows.data_ptr(), labels.data_ptr(), *rows.shape, TYPES[rows.dtype], 0 if gradient is None else gradient.data_ptr()
 
 
 def _on_device(

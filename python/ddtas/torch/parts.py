@@ -16,7 +16,7 @@ from ..functional import DEFAULTS
 from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import CHECK_AND_WAIT, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
-from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
+from .operator import check_sides, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Fingerprint, Ranks
 from .steps import CpuSteps, GpuSteps, OwnReferences, PartOfBatch, Steps
 
@@ -53,7 +53,7 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
         numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
         settings = Settings(cast(Mining, call.mining), *numbers)
         ranks.check_device(rows)
-        check_call(call)
+        check_sides(*call[:5])
         if kind is GpuSteps:
             engine.on_gpu(rows)
         own = _ready(engine, call, rows, kind, False)

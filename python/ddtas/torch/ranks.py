@@ -40,7 +40,12 @@ NOT_IN_GROUP = "this process is not in the group"
 
 def check_group(group: Any, gradient: Scale) -> None:
     """Checks the arguments of a loss that name its processes."""
-    named = group is None or group is False or group == "world"
+    if group is None:
+        raise ValueError(
+            'group is None, as torch.distributed.group.WORLD is before init_process_group: say "world" for all processes, or leave '
+            "the argument out for this process alone"
+        )
+    named = group is False or group == "world"
     if not named and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(NOT_IN_GROUP)
     if not named and not isinstance(group, dist.ProcessGroup):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import evaluation, functional
 from ..settings import Settings
 from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, normalize_rows
-from .operator import which_are_unit
+from .operator import check_one_device, check_sides, target_of, which_are_unit
 
 
 def _unit(name: str, rows: Tensor) -> Tensor:
@@ -36,10 +36,11 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     rows = laid_out(_unit("queries", embeddings))
     check_labels("labels of the queries", labels)
     labels = laid_out(labels.to(rows.device, torch.int64))
-    if not rows.is_cuda:
+    if not SHARED.on_a_gpu(rows):
         return functional.recall_at_k(rows, labels, ks)
-    gpu, (_, stream) = SHARED.on_gpu(rows)
-    return functional.recall_of(gpu.recall_at_k((rows, labels, None), functional.depths_of(ks), stream))
+    check_sides(rows, labels)
+    gpu, place = SHARED.on_gpu(rows)
+    return functional.recall_of(gpu.recall_at_k(place, target_of(rows, labels), functional.depths_of(ks)))
 
 
 def evaluate(
@@ -71,7 +72,7 @@ def evaluate(
     queries, labels, depths = laid_out(rows.cpu()), laid_out(labels.cpu()), functional.depths_of(ks)
     given: Any = (queries, labels, others, other_labels, identity, depths)
     context = functional.context_of(None)
-    if rows.is_cuda:
+    if SHARED.on_a_gpu(rows):
         gpu, place = SHARED.on_gpu(rows)
         found = gpu.query_metrics(place, *given)
     else:
@@ -103,17 +104,34 @@ def threshold_gradient(
     if reference_labels is not None:
         check_labels("labels of the references", reference_labels)
         reference_labels = laid_out(reference_labels)
-    if not rows.is_cuda:
+    if not SHARED.on_a_gpu(rows):
         return functional.threshold_gradient(
             rows, labels, tangent, others, reference_labels, reference_tangent, identity=identity, settings=settings, check=check
         )
     if identity is not None:
         raise ValueError("identity must be None on a GPU: rows are known by their value there")
-    gpu, (_, stream) = SHARED.on_gpu(rows)
+    labels = labels.to(rows.device, torch.int64)
+    if reference_labels is not None:
+        reference_labels = reference_labels.to(rows.device, torch.int64)
+    check_sides(rows, labels, others, reference_labels)
+    _check_tangent("tangent", tangent, rows)
     # The loss that is computed first writes its gradient here.
     gradient = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), gradient)]
+    sides = [target_of(rows, labels, gradient)]
     if others is not None and reference_labels is not None:
-        sides.append((others, reference_labels.to(rows.device, torch.int64), None))
-    sums = gpu.threshold_gradient(sides, (tangent, reference_tangent), settings, check, stream)
-    return functional.ThresholdGradient(*sums)
+        sides.append(target_of(others, reference_labels))
+        if reference_tangent is not None:
+            _check_tangent("tangent of the references", reference_tangent, others)
+    else:
+        reference_tangent = None
+    tangents = tangent.data_ptr(), 0 if reference_tangent is None else reference_tangent.data_ptr()
+    gpu, place = SHARED.on_gpu(rows)
+    return functional.ThresholdGradient(*gpu.threshold_gradient(place, sides, tangents, settings, check))
+
+
+def _check_tangent(name: str, tangent: Tensor, rows: Tensor) -> None:
+    if tangent.dtype != torch.float32:
+        raise TypeError(f"the {name} must be float32, not {str(tangent.dtype).removeprefix('torch.')}")
+    if tangent.shape != rows.shape:
+        raise ValueError(f"the {name} must be {list(rows.shape)}, not {list(tangent.shape)}")
+    check_one_device(rows, name, tangent)

@@ -17,7 +17,7 @@ from .. import _ddtas
 from ..part import Part
 from ..settings import Settings
 from .engine import Engine, count_labels, laid_out
-from .operator import STATISTICS, TYPES, UNCHECKED, Call
+from .operator import STATISTICS, TYPES, UNCHECKED, Call, target_of
 from .ranks import BatchExchange
 
 Found = tuple[list[Tensor], Tensor]
@@ -288,10 +288,7 @@ class GpuSteps:
         gpu, place = self.engine.on_gpu(rows)
         labels, reference_labels = laid_out(labels), laid_out(reference_labels)
         self.held += [labels, reference_labels]
-        sides = [
-            (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], into)
-            for side, given, into in ((rows, labels, gradient.data_ptr()), (references, reference_labels, 0))
-        ]
+        sides = [target_of(rows, labels, gradient), target_of(references, reference_labels)]
         mining, *numbers = astuple(self.batch.settings)
         make = getattr(_ddtas, "CudaPart")
         return make(gpu, place, sides, identity, self.batch.exchange.total, mining, numbers, check, self.batch.call.normalize)
