@@ -69,9 +69,6 @@ nm --dynamic --defined-only --format=just-symbols "$work/plugin/libplugin.so" | 
 gcc -static examples/c/loss.c $(pkg-config --static --cflags --libs ddtas) -Wl,--no-warnings -o "$work/static"
 "$work/static" | diff - <("$work/c/loss")
 
-say "examples in Rust"
-for example in loss reference_blocks chunked_batch; do cargo run --release --quiet -p ddtas --example "$example"; done
-
 say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 read -ra include < <(pkg-config --cflags ddtas)

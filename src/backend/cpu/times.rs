@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Time of the passes of one loss, in their order; `benches/passes` reads them.
+/// Time of the passes of one loss, in their order; `bench/benches/passes.rs` reads them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PassTimes {
     /// Rows sorted by class, checked and packed.
