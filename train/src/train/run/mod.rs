@@ -9,18 +9,20 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
+//! | `overrides.rs` | settings that may change when a run is resumed |
 //! | `memory.rs` | checks that this machine's memory suffices |
 
 mod evaluation;
 mod event;
 mod files;
 mod memory;
+mod overrides;
 mod setup;
 mod state;
 mod steps;
 mod unread;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -38,41 +40,10 @@ pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
 pub(crate) use memory::check_embedding;
+pub use overrides::Overrides;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
-
-/// Settings that may change when a run is resumed. The result depends only on `steps`, except that another
-/// device may round differently.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Overrides {
-    /// Where to compute.
-    pub device: Option<String>,
-    /// Threads that prepare batches.
-    pub workers: Option<usize>,
-    /// Steps between two checkpoints.
-    pub checkpoint_every: Option<usize>,
-    /// Unreadable pictures allowed.
-    pub max_bad_images: Option<usize>,
-    /// New path of the same pictures; replaces that in config.toml.
-    pub data_root: Option<PathBuf>,
-    /// Steps of the whole run, at least as many as are done; replaces the number in config.toml.
-    pub steps: Option<usize>,
-}
-
-impl Overrides {
-    /// Names in config.toml of the settings that the result does not depend on.
-    pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
-
-    fn apply(&self, settings: &mut TrainSettings) {
-        settings.device = self.device.clone().unwrap_or_else(|| settings.device.clone());
-        settings.workers = self.workers.unwrap_or(settings.workers);
-        settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
-        settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
-        settings.steps = self.steps.unwrap_or(settings.steps);
-        settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
-    }
-}
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
@@ -172,7 +143,7 @@ pub fn resume(
         }
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         state.check_data(&dataset)?;
-        if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
+        if writes && (overrides.has("data_root") || overrides.has("steps")) {
             folder.write_config(&settings)?;
         }
         let (settings, _) = settings.fitted(&dataset.train);
