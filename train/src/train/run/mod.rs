@@ -10,13 +10,13 @@
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
 //! | `overrides.rs` | settings that may change when a run is resumed |
-//! | `memory.rs` | checks that this machine's memory suffices |
+//! | `ram.rs` | checks that this machine's memory suffices |
 
 mod evaluation;
 mod event;
 mod files;
-mod memory;
 mod overrides;
+mod ram;
 mod setup;
 mod state;
 mod steps;
@@ -39,8 +39,8 @@ use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
-pub(crate) use memory::check_embedding;
 pub use overrides::Overrides;
+pub(crate) use ram::check_embedding;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::tensor::Device;
 
 use super::evaluation::EVALUATION_CHUNK;
-use super::memory::{self, Pictures};
+use super::ram::{self, Pictures};
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler, fewer_than};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::{EmbeddingNetwork, seeded};
@@ -49,7 +49,7 @@ impl Setup {
             engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
         }
         let on_cpu = device.network == Device::flex().autodiff();
-        if let Some(most) = memory::of_this_machine().filter(|_| on_cpu) {
+        if let Some(most) = ram::of_this_machine().filter(|_| on_cpu) {
             let own = |pictures| share(pictures, ranks.rank(), ranks.size()).len();
             let pictures = Pictures {
                 batch: own(sampler.batch_size()),
@@ -57,7 +57,7 @@ impl Setup {
                 test: own(dataset.test.len()).min(EVALUATION_CHUNK),
             };
             let values = engine.network.backbone.least_values(settings.image_size);
-            memory::check(settings, values, &pictures, most)?;
+            ram::check(settings, values, &pictures, most)?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }
