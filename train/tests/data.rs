@@ -348,7 +348,7 @@ fn test_crop_is_the_normalised_middle() {
 #[test]
 fn flips_mirror_half_of_the_pictures() {
     let ramp = RgbImage::from_fn(16, 16, |x, _| Rgb([x as u8 * 16; 3]));
-    let settings = AugmentSettings { crop_area: (1.0, 1.0), crop_aspect: (1.0, 1.0), flip: 0.5, jitter: 0.0 };
+    let settings = AugmentSettings { smallest_crop: 1.0, flip: 0.5, jitter: 0.0 };
     let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let mut seen = BTreeMap::new();
@@ -384,8 +384,7 @@ fn settings_out_of_range_are_named() {
     assert!(refused(|s| s.image_size = 0));
     assert!(refused(|s| s.workers = 0));
     assert!(refused(|s| s.queue = 0));
-    assert!(refused(|s| s.augment.crop_area = (0.0, 1.0)));
-    assert!(refused(|s| s.augment.crop_aspect = (2.0, 1.0)));
+    assert!(refused(|s| s.augment.smallest_crop = 0.0));
     assert!(refused(|s| s.augment.flip = f64::NAN));
     assert!(refused(|s| s.augment.jitter = 1.0));
     assert!(!refused(|_| ()));

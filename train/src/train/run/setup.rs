@@ -112,9 +112,7 @@ impl Batches {
         loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
         loader.rank = (ranks.rank(), ranks.size());
-        loader.augment.crop_area = (settings.smallest_crop, 1.0);
-        loader.augment.flip = settings.flip;
-        loader.augment.jitter = settings.jitter;
+        loader.augment = settings.augment.clone();
         let meta = meta_sampler.map(|sampler| {
             let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
             Loader::new(Arc::clone(&dataset.train), sampler.clone(), settings)
