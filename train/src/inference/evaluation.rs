@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, NetworkSettings};
+use super::Event;
+use super::embedder::{Embedder, NetworkSettings};
 use super::file::{EmbeddingsFile, Format};
-use super::{Event, Skipped};
-use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, check_image_size};
+use crate::data::{
+    Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, Unreadable, check_image_size,
+};
 use crate::train::{RunFolder, device};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
@@ -118,7 +120,7 @@ pub struct Evaluation {
     /// Seed of the k-means for NMI.
     pub nmi_seed: Option<u64>,
     /// Pictures left out because they cannot be read.
-    pub skipped: Vec<Skipped>,
+    pub skipped: Vec<Unreadable>,
     /// Backend of the search.
     pub backend: String,
     /// Seconds of embedding the pictures.
@@ -168,8 +170,8 @@ fn evaluate_network(
     let searched = searched.transpose()?;
     let ks = dataset.recall_at;
     let evaluation = measure(settings, embedder.file(), backend, (&rows, searched.as_ref()), ks, tell)?;
-    let mut skipped = embedder::skipped(&dataset.test);
-    skipped.extend(dataset.gallery.iter().flat_map(|gallery| embedder::skipped(gallery)));
+    let mut skipped = dataset.test.unreadable();
+    skipped.extend(dataset.gallery.iter().flat_map(|gallery| gallery.unreadable()));
     Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })
 }
 
