@@ -27,10 +27,7 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use ddtas::backend::Backend;
-
 use super::checkpoint::Checkpoint;
-use super::device::{self, RunDevice};
 use super::folder::RunFolder;
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
@@ -69,8 +66,7 @@ pub fn train(
             RunFolder::check(settings)?;
         }
         let begun = Instant::now();
-        let (device, backend) = open_device(settings, &**ranks)?;
-        let engine = make_engine(settings, (&device, backend), None, ranks)?;
+        let (device, engine) = make_engine(settings, None, ranks)?;
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         let (settings, note) = &settings.fitted(&dataset.train);
         let setup = Setup::new(settings, &dataset, engine, (&device, &**ranks))?;
@@ -135,8 +131,7 @@ pub fn resume(
                 step: state.step,
             });
         }
-        let (device, backend) = open_device(&settings, &**ranks)?;
-        let mut engine = make_engine(&settings, (&device, backend), last.as_ref(), ranks)?;
+        let (device, mut engine) = make_engine(&settings, last.as_ref(), ranks)?;
         let resumed = last.is_some();
         if let Some(last) = last {
             state.put_back(&mut engine, last)?;
@@ -157,11 +152,4 @@ pub fn resume(
         }
         run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
     })
-}
-
-/// Finds the device and opens the backend of the loss there.
-fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(RunDevice, Box<dyn Backend>)> {
-    let found = device::find(settings.device.parse()?, ranks.local_rank())?;
-    let backend = device::open(&found.spec)?;
-    Ok((found, backend))
 }

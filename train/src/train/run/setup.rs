@@ -13,12 +13,12 @@ use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::{EmbeddingNetwork, seeded};
 use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
-use crate::train::device::{RunDevice, moved, open};
+use crate::train::device::{RunDevice, find, moved, open};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
-use ddtas::backend::{Backend, DeviceSpec};
+use ddtas::backend::DeviceSpec;
 
 /// Makes the random draws of meta batches differ from those of training batches.
 const META_SEED: u64 = 0x6d65_7461;
@@ -63,14 +63,15 @@ impl Setup {
     }
 }
 
-/// An engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of `--weights` or of
-/// `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
+/// The device, and an engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of
+/// `--weights` or of `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
 pub(super) fn make_engine(
     settings: &TrainSettings,
-    (device, backend): (&RunDevice, Box<dyn Backend>),
     last: Option<&Checkpoint>,
     ranks: &Rc<dyn Collective>,
-) -> Result<Engine> {
+) -> Result<(RunDevice, Engine)> {
+    let device = find(settings.device.parse()?, ranks.local_rank())?;
+    let backend = open(&device.spec)?;
     let network = match last {
         Some(last) => make_network(settings, Some(last), &device.network)?,
         None => first_network(settings, &device.network)?,
@@ -81,7 +82,7 @@ pub(super) fn make_engine(
     if last.is_none() {
         first_optimizer(settings, &mut engine)?;
     }
-    Ok(engine)
+    Ok((device, engine))
 }
 
 /// Restores the optimizer's moments if `--init` is a checkpoint that contains them.
