@@ -276,7 +276,6 @@ fn files_that_do_not_fit_are_refused_in_one_line() {
     let single = EmbeddingsFile {
         values: ndarray::array![[1.0, 0.0], [0.0, 1.0]],
         labels: Some(vec![0, 1]),
-        gallery: None,
         names: Vec::new(),
         metadata: std::collections::BTreeMap::new(),
     };

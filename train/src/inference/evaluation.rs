@@ -140,10 +140,10 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let mut backend = device::open(&settings.device.parse()?)?;
     match &settings.embeddings {
         Some(path) => {
-            let file = EmbeddingsFile::read(path)?;
+            let (file, gallery) = EmbeddingsFile::read_with_gallery(path)?;
             let labels = file.labels.as_ref().ok_or_else(|| Error::format(path, no_labels(path)))?;
             let queries = Rows::new(file.values.view(), labels);
-            let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
+            let gallery = gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         None => {

@@ -115,12 +115,6 @@ pub(super) fn embed_folder(
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
     }
     let names = paths.iter().map(|path| slash_separated(path)).collect();
-    let file = EmbeddingsFile {
-        values: embedded.view()?.to_owned(),
-        labels: Some(labels),
-        gallery: None,
-        names,
-        metadata,
-    };
+    let file = EmbeddingsFile { values: embedded.view()?.to_owned(), labels: Some(labels), names, metadata };
     Ok((file, skipped))
 }
