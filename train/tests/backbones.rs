@@ -10,6 +10,7 @@ use assert_cmd::Command;
 use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
+use ddtas_train::data::Cropper;
 use ddtas_train::model::{
     Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
 };
@@ -108,19 +109,34 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     }
 }
 
+/// The three planes of an orange picture (red 255, green 51, blue 0) as the network receives it.
+fn orange(kind: BackboneKind) -> Vec<f32> {
+    let picture = image::RgbImage::from_pixel(12, 10, image::Rgb([255, 51, 0]));
+    let mut pixels = Vec::new();
+    Cropper::new(8, kind.preprocessing()).unwrap().test(&picture, &mut pixels).unwrap();
+    pixels
+}
+
 #[test]
 fn pictures_are_scaled_as_for_the_published_weights() {
-    for (kind, black_and_white) in [
-        (BackboneKind::EfficientnetLite0, [-127.0 / 128.0, 1.0]),
-        (BackboneKind::Resnet18, [-0.485 / 0.229, 0.515 / 0.229]),
-        (BackboneKind::BnInception, [-128.0, 127.0]),
-        (BackboneKind::VitS16, [-0.485 / 0.229, 0.515 / 0.229]),
-        (BackboneKind::VitS16Augreg, [-1.0, 1.0]),
+    // Of red 1, green 0.2 and blue 0.
+    let imagenet = [(1.0 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, (0.0 - 0.406) / 0.225];
+    for (kind, wanted) in [
+        (BackboneKind::Residual, imagenet),
+        (BackboneKind::Resnet18, imagenet),
+        (BackboneKind::Resnet50, imagenet),
+        (BackboneKind::VitS16, imagenet),
+        (BackboneKind::VitS16Augreg, [1.0, -0.6, -1.0]),
+        // (byte - 127) / 128.
+        (BackboneKind::EfficientnetLite0, [1.0, -0.59375, -0.9921875]),
+        // Blue first: 0 - 104, 51 - 117, 255 - 128.
+        (BackboneKind::BnInception, [-104.0, -66.0, 127.0]),
     ] {
-        let preprocessing = kind.preprocessing();
-        for (value, wanted) in [0.0, 1.0].into_iter().zip(black_and_white) {
-            let red = (value - preprocessing.mean[0]) / preprocessing.deviation[0];
-            assert!((red - wanted).abs() < 1e-4 * wanted.abs(), "{kind:?}: {red}, not {wanted}");
+        let planes = orange(kind);
+        assert_eq!(planes.len(), 3 * 64);
+        for (plane, wanted) in planes.chunks(64).zip(wanted) {
+            let far = plane.iter().find(|value| (**value - wanted).abs() > 1e-5 * wanted.abs());
+            assert!(far.is_none(), "{kind:?}: {far:?}, not {wanted}");
         }
     }
 }

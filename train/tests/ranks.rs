@@ -193,13 +193,13 @@ fn a_stopped_run_goes_on_with_as_many_ranks_or_others() {
     let unbroken = place.run("unbroken");
     assert_finished(&finish(&arguments(&place.data, &unbroken, &more)));
     for ranks in ["3", "2"] {
-        let run = place.run(ranks);
+        let run = place.run(&format!("goes on with {ranks}"));
         let mut child = start(&arguments(&place.data, &run, &more));
         wait_for_lines(&run, &mut child, 17);
         send("USR1", &child);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(138), "{}", said(&output));
-        let end = format!("; to go on: ddtas-train --ranks 3 --resume {}\n", run.display());
+        let end = format!("; to go on: ddtas-train --ranks 3 --resume '{}'\n", run.display());
         assert!(said(&output).ends_with(&end), "{}", said(&output));
         let resumed = finish(&[resume(&run), vec!["--ranks".into(), ranks.into()]].concat());
         assert_finished(&resumed);

@@ -242,9 +242,13 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&embed, "--backbone resnet18 --weights nowhere", "--backbone"),
         (&embed.replace(&given, "--backbone resnet18"), "--weights nowhere --pooling avg", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
-        (&embed.replace("out.npy", "out.txt"), "", "--out out.txt"),
-        (&embed.replace("out.npy", "nowhere/out.npy"), "", "--out nowhere/out.npy"),
-        (&embed.replace("--images DATA", "--images nowhere"), "", "nowhere"),
+        (&embed.replace("out.npy", "out.txt"), "", "--out out.txt: must end in .safetensors or .npy"),
+        (
+            &embed.replace("out.npy", "nowhere/out.npy"),
+            "",
+            "--out nowhere/out.npy: must be a file in an existing folder",
+        ),
+        (&embed.replace("--images DATA", "--images nowhere"), "", "nowhere does not exist"),
         (&search, "--top 0", "top"),
         (&search, "--image-size 2000", "image-size"),
         (&search, "--device toaster", "device"),
@@ -271,6 +275,39 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     assert_complete::<EvalSettings>(&tried("eval"), &switches::<EvalSettings>());
     assert_complete::<EmbedSettings>(&tried("embed"), &switches::<EmbedSettings>());
     assert_complete::<SearchSettings>(&tried("search"), &switches::<SearchSettings>());
+}
+
+#[test]
+fn every_setting_of_a_resumed_run_is_applied_or_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    small_run(&run, 1).assert().success();
+    // An impossible value shows that a setting is applied.
+    let changeable = [
+        ("device", "toaster"),
+        ("workers", "0"),
+        ("checkpoint-every", "99999999999"),
+        ("max-bad-images", "99999999999"),
+        ("data-root", "elsewhere"),
+        ("steps", "0"),
+    ];
+    let command = TrainSettings::augment_args(clap::Command::new("test"));
+    for argument in command.get_arguments() {
+        let flag = format!("--{}", argument.get_long().unwrap());
+        let known = changeable.iter().find(|(name, _)| flag == format!("--{name}"));
+        let possible = argument.get_possible_values();
+        let value = possible.first().map_or("1", |value| value.get_name());
+        let (value, wanted) = match known {
+            Some((_, value)) => (*value, format!("ddtas-train: {flag}")),
+            None => (value, format!("leave out {flag} (")),
+        };
+        let mut resumed = Command::cargo_bin("ddtas-train").unwrap();
+        resumed.args(["--steps", "2", "--resume"]).arg(&run).arg(&flag);
+        if !matches!(argument.get_action(), ArgAction::SetTrue) {
+            resumed.arg(value);
+        }
+        runs::assert_refused(&mut resumed, &wanted);
+    }
 }
 
 fn names(folder: &Path) -> BTreeSet<std::ffi::OsString> {

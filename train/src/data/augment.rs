@@ -4,28 +4,36 @@ use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use rand::{Rng, RngExt};
+use serde::{Deserialize, Serialize};
 
 use super::preprocessing::Preprocessing;
+use crate::arguments::defaults;
 use crate::error::check;
 use crate::vectors::vectorised;
 use crate::{Error, Result};
 
+/// Least and largest width : height of a random crop.
+const CROP_ASPECT: (f64, f64) = (3.0 / 4.0, 4.0 / 3.0);
+
 /// How training pictures are varied.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
 pub struct AugmentSettings {
-    /// Least and largest share of the picture's area that a crop takes. Default 0.4 to 1.
-    pub crop_area: (f64, f64),
-    /// Least and largest width : height of a crop. Default 3:4 to 4:3.
-    pub crop_aspect: (f64, f64),
-    /// Probability of a mirror image. Default 0.5.
+    /// Smallest share of a picture's area that a random crop takes; 1 crops to a square only.
+    #[arg(long, default_value_t = 0.6, hide_short_help = true)]
+    pub smallest_crop: f64,
+    /// Probability that a training picture is mirrored; 0 if left and right differ, as in writing.
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 0.5, hide_short_help = true)]
     pub flip: f64,
-    /// Brightness, contrast and saturation are each multiplied by a random factor within 1 +- `jitter`. Default 0.2.
+    /// How much the colours of training pictures vary: brightness, contrast and saturation are each multiplied by a
+    /// random factor within 1 +- this; 0 if colours tell classes apart.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.2, hide_short_help = true)]
     pub jitter: f64,
 }
 
 impl Default for AugmentSettings {
     fn default() -> Self {
-        Self { crop_area: (0.4, 1.0), crop_aspect: (3.0 / 4.0, 4.0 / 3.0), flip: 0.5, jitter: 0.2 }
+        defaults()
     }
 }
 
@@ -33,24 +41,12 @@ impl AugmentSettings {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first setting that is out of range.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is out of range.
     pub fn validate(&self) -> Result<()> {
-        let invalid = |name, value, range| Err(Error::argument(name, value, range));
-        let (least, most) = self.crop_area;
-        if !(least > 0.0 && least <= most && most <= 1.0) {
-            return invalid("crop area", format!("{least}..{most}"), "0 < least <= most <= 1");
-        }
-        let (least, most) = self.crop_aspect;
-        if !(least > 0.0 && least <= most && most.is_finite()) {
-            return invalid("crop aspect", format!("{least}..{most}"), "0 < least <= most");
-        }
-        if !(0.0..=1.0).contains(&self.flip) {
-            return invalid("flip", self.flip.to_string(), "a probability, 0 to 1");
-        }
-        if !(0.0..1.0).contains(&self.jitter) {
-            return invalid("jitter", self.jitter.to_string(), "0 (none) up to, not with, 1");
-        }
-        Ok(())
+        let Self { smallest_crop: crop, flip, jitter } = *self;
+        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop, "above 0, at most 1")?;
+        check((0.0..=1.0).contains(&flip), "flip", flip, "a probability, 0 to 1")?;
+        check((0.0..1.0).contains(&jitter), "jitter", jitter, "0 (none) up to, not with, 1")
     }
 }
 
@@ -268,9 +264,9 @@ fn write_planes<T: Level>(
 /// Draws up to ten times until the crop fits the picture; then takes the largest centred crop of an allowed aspect.
 fn random_crop(width: u32, height: u32, settings: &AugmentSettings, rng: &mut impl Rng) -> [f64; 4] {
     let (width, height) = (f64::from(width), f64::from(height));
-    let (least, most) = settings.crop_aspect;
+    let (least, most) = CROP_ASPECT;
     for _ in 0..10 {
-        let area = width * height * rng.random_range(settings.crop_area.0..=settings.crop_area.1);
+        let area = width * height * rng.random_range(settings.smallest_crop..=1.0);
         let aspect = rng.random_range(least.ln()..=most.ln()).exp();
         let (w, h) = ((area * aspect).sqrt(), (area / aspect).sqrt());
         if w <= width && h <= height {

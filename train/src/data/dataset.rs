@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decode::{PixelBox, cut, decode};
 use crate::{Error, Result};
+use ddtas_io::files::as_text;
 
 /// Default budget of a [`Split`] for decoded pictures in memory: 1 GiB.
 ///
@@ -116,11 +117,10 @@ pub struct Extent {
 }
 
 /// A file that could not be decoded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unreadable {
-    /// Index of the picture in its split.
-    pub index: usize,
     /// The file.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// The decoder's error.
     pub reason: String,
@@ -276,15 +276,13 @@ impl Split {
 
     /// The files that could not be decoded so far.
     pub fn unreadable(&self) -> Vec<Unreadable> {
-        let failed = |(index, slot): (usize, &OnceLock<Slot>)| match slot.get() {
-            Some(Slot::Unreadable(reason)) => Some(Unreadable {
-                index,
-                path: self.sources[index].path().to_path_buf(),
-                reason: reason.clone(),
-            }),
+        let failed = |(slot, source): (&OnceLock<Slot>, &Source)| match slot.get() {
+            Some(Slot::Unreadable(reason)) => {
+                Some(Unreadable { path: source.path().to_path_buf(), reason: reason.clone() })
+            }
             _ => None,
         };
-        self.slots.iter().enumerate().filter_map(failed).collect()
+        self.slots.iter().zip(&self.sources).filter_map(failed).collect()
     }
 
     /// Bytes of decoded pictures in memory now.

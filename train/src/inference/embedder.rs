@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
-use super::{Event, Skipped};
+use super::Event;
 use crate::arguments::name_of;
 use crate::data::{EvaluationBatches, Preprocessing, Split, check_classes, check_image_size};
 use crate::model::{
@@ -200,9 +200,4 @@ impl Embedder {
             None => to_unit_rows(features),
         }
     }
-}
-
-/// The pictures of a split that could not be read so far.
-pub(super) fn skipped(split: &Split) -> Vec<Skipped> {
-    split.unreadable().into_iter().map(|bad| Skipped { path: bad.path, reason: bad.reason }).collect()
 }

@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, NetworkSettings};
+use super::Event;
+use super::embedder::{Embedder, NetworkSettings};
 use super::file::{EmbeddingsFile, Format};
-use super::{Event, Skipped};
-use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, check_image_size};
+use crate::data::{
+    Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, Unreadable, check_image_size,
+};
 use crate::train::{RunFolder, device};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
@@ -118,7 +120,7 @@ pub struct Evaluation {
     /// Seed of the k-means for NMI.
     pub nmi_seed: Option<u64>,
     /// Pictures left out because they cannot be read.
-    pub skipped: Vec<Skipped>,
+    pub skipped: Vec<Unreadable>,
     /// Backend of the search.
     pub backend: String,
     /// Seconds of embedding the pictures.
@@ -138,10 +140,10 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let mut backend = device::open(&settings.device.parse()?)?;
     match &settings.embeddings {
         Some(path) => {
-            let file = EmbeddingsFile::read(path)?;
+            let (file, gallery) = EmbeddingsFile::read_with_gallery(path)?;
             let labels = file.labels.as_ref().ok_or_else(|| Error::format(path, no_labels(path)))?;
             let queries = Rows::new(file.values.view(), labels);
-            let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
+            let gallery = gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         None => {
@@ -168,8 +170,8 @@ fn evaluate_network(
     let searched = searched.transpose()?;
     let ks = dataset.recall_at;
     let evaluation = measure(settings, embedder.file(), backend, (&rows, searched.as_ref()), ks, tell)?;
-    let mut skipped = embedder::skipped(&dataset.test);
-    skipped.extend(dataset.gallery.iter().flat_map(|gallery| embedder::skipped(gallery)));
+    let mut skipped = dataset.test.unreadable();
+    skipped.extend(dataset.gallery.iter().flat_map(|gallery| gallery.unreadable()));
     Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })
 }
 

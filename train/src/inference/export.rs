@@ -5,11 +5,12 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{Embedder, NetworkSettings, skipped};
+use super::Event;
+use super::embedder::{Embedder, NetworkSettings};
 use super::file::{EmbeddingsFile, Format, check_beside};
 use super::origin;
 use super::pictures::{Pictures, slash_separated};
-use super::{Event, Skipped};
+use crate::data::Unreadable;
 use crate::{Error, Result};
 use ddtas_io::files::{as_text, check_output};
 
@@ -46,7 +47,7 @@ pub struct Export {
     /// Folders that contain pictures; each is a label.
     pub folders: usize,
     /// Pictures left out because they cannot be read.
-    pub skipped: Vec<Skipped>,
+    pub skipped: Vec<Unreadable>,
     /// Duration in seconds.
     pub seconds: f64,
 }
@@ -88,10 +89,10 @@ pub(super) fn embed_folder(
     root: &Path,
     pictures: &Pictures,
     tell: &mut dyn FnMut(Event<'_>),
-) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
+) -> Result<(EmbeddingsFile, Vec<Unreadable>)> {
     pictures.ignored.iter().for_each(|line| tell(Event::Warning(line)));
     let embedded = embedder.embed(&pictures.split, tell);
-    let skipped = skipped(&pictures.split);
+    let skipped = pictures.split.unreadable();
     if skipped.len() == pictures.paths.len() {
         let (count, shown, reason) = (skipped.len(), root.display(), &skipped[0].reason);
         return Err(Error::Dataset(format!(
@@ -114,12 +115,6 @@ pub(super) fn embed_folder(
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
     }
     let names = paths.iter().map(|path| slash_separated(path)).collect();
-    let file = EmbeddingsFile {
-        values: embedded.view()?.to_owned(),
-        labels: Some(labels),
-        gallery: None,
-        names,
-        metadata,
-    };
+    let file = EmbeddingsFile { values: embedded.view()?.to_owned(), labels: Some(labels), names, metadata };
     Ok((file, skipped))
 }

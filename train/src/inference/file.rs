@@ -29,8 +29,6 @@ pub struct EmbeddingsFile {
     pub values: Array2<f32>,
     /// Label of each row, if they are known.
     pub labels: Option<Vec<i64>>,
-    /// The rows that queries are compared with; if none, each is compared with the other rows.
-    pub gallery: Option<EmbeddedRows>,
     /// Name of each row; empty if the rows have no names.
     pub names: Vec<String>,
     /// The other metadata of the header.
@@ -105,9 +103,17 @@ impl EmbeddingsFile {
     /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it contains
     /// something else, or a row that is zero, NaN or infinite.
     pub fn read(path: &Path) -> Result<Self> {
+        Ok(Self::read_with_gallery(path)?.0)
+    }
+
+    /// Reads a file, and the rows that its queries are compared with; if none, each is compared with the other rows.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_with_gallery(path: &Path) -> Result<(Self, Option<EmbeddedRows>)> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         if Format::of(path).is_ok_and(|format| format == Format::Npy) {
-            return Self::read_npy(path, &bytes);
+            return Ok((Self::read_npy(path, &bytes)?, None));
         }
         let file = TensorFile::parse(path, &bytes)?;
         let mut values = file.matrix("embeddings")?;
@@ -133,7 +139,7 @@ impl EmbeddingsFile {
                 .map_err(|_| Error::format(path, "metadata `names` is not a JSON array of names"))?,
             None => Vec::new(),
         };
-        Self { values, labels, gallery, names, metadata }.checked(path)
+        Ok((Self { values, labels, names, metadata }.checked(path)?, gallery))
     }
 
     fn read_npy(path: &Path, bytes: &[u8]) -> Result<Self> {
@@ -157,7 +163,7 @@ impl EmbeddingsFile {
             known => known,
         };
         let Beside { names, metadata, .. } = beside;
-        Self { values, labels, gallery: None, names, metadata }.checked(path)
+        Self { values, labels, names, metadata }.checked(path)
     }
 
     /// Checks that there are as many names and labels as rows, or none.
@@ -176,8 +182,8 @@ impl EmbeddingsFile {
     /// Writes the file atomically, in the format of its extension. The .json of a .npy is written first.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) for another extension, or a gallery in a .npy; [`Io`](ddtas_io::Error::Io),
-    /// for example if the disk is full.
+    /// [`Format`](ddtas_io::Error::Format) for another extension; [`Io`](ddtas_io::Error::Io), for example if the
+    /// disk is full.
     pub fn write(&self, path: &Path) -> Result<()> {
         match Format::of(path)? {
             Format::Safetensors => self.write_safetensors(path),
@@ -192,20 +198,10 @@ impl EmbeddingsFile {
             metadata.insert(NAMES.into(), names);
         }
         let labels = self.labels.as_deref().map(|labels| ("labels", labels));
-        let mut sides = vec![("embeddings", &self.values, labels)];
-        sides.extend(self.gallery.as_ref().map(|gallery| {
-            ("references", &gallery.values, Some(("reference_labels", gallery.labels.as_slice())))
-        }));
-        Ok(write_rows(path, &sides, &metadata)?)
+        Ok(write_rows(path, &[("embeddings", &self.values, labels)], &metadata)?)
     }
 
     fn write_npy(&self, path: &Path) -> Result<()> {
-        if self.gallery.is_some() {
-            return Err(Error::format(
-                path,
-                "a .npy holds one matrix: write queries and gallery as .safetensors",
-            ));
-        }
         let cannot = |reason: String| Error::format(path, format!("cannot be written as .npy ({reason})"));
         let Self { names, labels, metadata, .. } = self.clone();
         let beside = Beside { names, labels, metadata };
@@ -239,7 +235,6 @@ mod tests {
         EmbeddingsFile {
             values: array![[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]],
             labels: Some(vec![4, -1, 4]),
-            gallery: Some(EmbeddedRows { values: array![[0.0, 1.0]], labels: vec![4] }),
             names: vec!["a.jpg".into(), "b/ü \"x\".png".into(), "c\nd.jpg".into()],
             metadata: BTreeMap::from([("root".to_owned(), "pictures".to_owned())]),
         }
@@ -250,17 +245,39 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("e.safetensors");
         example().write(&path).unwrap();
-        assert_eq!(EmbeddingsFile::read(&path).unwrap(), example());
+        assert_eq!(EmbeddingsFile::read_with_gallery(&path).unwrap(), (example(), None));
+    }
+
+    /// Writes queries of two dimensions, and a gallery.
+    fn write_with_gallery(path: &Path, gallery: &Array2<f32>) {
+        let queries = array![[1.0, 0.0], [0.6, 0.8]];
+        let sides = [
+            ("embeddings", &queries, Some(("labels", &[4, 5][..]))),
+            ("references", gallery, Some(("reference_labels", &[5, 4, 5][..gallery.nrows()]))),
+        ];
+        write_rows(path, &sides, &BTreeMap::new()).unwrap();
+    }
+
+    #[test]
+    fn queries_may_have_a_gallery_of_as_many_dimensions() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.safetensors");
+        write_with_gallery(&path, &array![[0.0, 1.0], [3.0, 4.0], [-1.0, 0.0]]);
+        let (file, gallery) = EmbeddingsFile::read_with_gallery(&path).unwrap();
+        assert_eq!(file.labels, Some(vec![4, 5]));
+        let unit = array![[0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]];
+        assert_eq!(gallery, Some(EmbeddedRows { values: unit, labels: vec![5, 4, 5] }));
+        write_with_gallery(&path, &array![[1.0]]);
+        let said = EmbeddingsFile::read(&path).unwrap_err().to_string();
+        assert!(said.contains("`references` is 1 x 1; `embeddings` has 2 dimensions"), "{said}");
     }
 
     #[test]
     fn npy_holds_the_matrix_and_json_the_rest() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("e.npy");
-        assert!(example().write(&path).is_err(), "a gallery has no place in a .npy");
-        let single = EmbeddingsFile { gallery: None, ..example() };
-        single.write(&path).unwrap();
-        assert_eq!(EmbeddingsFile::read(&path).unwrap(), single);
+        example().write(&path).unwrap();
+        assert_eq!(EmbeddingsFile::read(&path).unwrap(), example());
         // The bytes that numpy.save writes for this matrix.
         let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }";
         let mut wanted = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
@@ -272,14 +289,14 @@ mod tests {
         assert_eq!(beside["names"][2], "c\nd.jpg");
         assert_eq!(beside["labels"][1], -1);
         assert_eq!(beside["metadata"]["root"], "pictures");
-        assert!(single.write(&folder.path().join("e.csv")).is_err());
+        assert!(example().write(&folder.path().join("e.csv")).is_err());
     }
 
     #[test]
     fn rows_of_any_length_become_unit_rows_and_rows_without_direction_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("e.safetensors");
-        let with = |values| EmbeddingsFile { values, gallery: None, ..example() };
+        let with = |values| EmbeddingsFile { values, ..example() };
         with(array![[3.0, 4.0], [0.6, 0.8], [0.0, 1e-20]]).write(&path).unwrap();
         let read = EmbeddingsFile::read(&path).unwrap();
         assert_eq!(read.values, array![[0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]);
@@ -297,13 +314,8 @@ mod tests {
         let wrong = [
             EmbeddingsFile { names: vec!["one".into()], ..example() },
             EmbeddingsFile { labels: Some(vec![1]), ..example() },
-            EmbeddingsFile {
-                gallery: Some(EmbeddedRows { values: array![[1.0]], labels: vec![0] }),
-                ..example()
-            },
         ];
-        for (file, what) in wrong.iter().zip(["1 names for 3 rows", "one entry for each", "has 2 dimensions"])
-        {
+        for (file, what) in wrong.iter().zip(["1 names for 3 rows", "one entry for each"]) {
             file.write(&path).unwrap();
             let said = EmbeddingsFile::read(&path).unwrap_err().to_string();
             assert!(said.contains(what) && said.contains("e.safetensors"), "{said}");

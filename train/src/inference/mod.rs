@@ -88,13 +88,3 @@ pub enum Event<'a> {
     /// Something the user should know.
     Warning(&'a str),
 }
-
-/// A picture that could not be read.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Skipped {
-    /// The file.
-    #[serde(serialize_with = "ddtas_io::files::as_text")]
-    pub path: PathBuf,
-    /// The decoder's error.
-    pub reason: String,
-}

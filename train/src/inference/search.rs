@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::embedder::{Embedder, NetworkSettings, skipped};
+use super::Event;
+use super::embedder::{Embedder, NetworkSettings};
 use super::export::{CHECKPOINT, FLIPS, embed_folder};
 use super::file::EmbeddingsFile;
 use super::origin::Origin;
 use super::pictures::Pictures;
-use super::{Event, Skipped};
+use crate::data::Unreadable;
 use crate::train::device;
 use crate::{Error, Result};
 use ddtas::backend::Nearest;
@@ -53,7 +54,7 @@ pub struct Found {
     /// The answers for each query picture.
     pub queries: Vec<Query>,
     /// Pictures of the gallery left out because they cannot be read.
-    pub skipped: Vec<Skipped>,
+    pub skipped: Vec<Unreadable>,
 }
 
 /// A picture and its nearest neighbours.
@@ -103,7 +104,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
     // An unreadable query is an error, not left out.
-    if let Some(bad) = skipped(&pictures.split).into_iter().next() {
+    if let Some(bad) = pictures.split.unreadable().into_iter().next() {
         return Err(Error::Image { path: bad.path, reason: bad.reason });
     }
     let queries = queries?;

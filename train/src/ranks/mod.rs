@@ -36,6 +36,7 @@ use std::rc::Rc;
 use bytemuck::Pod;
 use ndarray::Array2;
 
+use crate::arguments::quoted;
 use crate::{Error, Result};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
@@ -80,9 +81,14 @@ pub trait Collective {
     /// Bytes that this rank has sent so far; a message counts once for every rank that receives it.
     fn sent(&self) -> u64;
 
-    /// The command that resumes the run in `folder` on as many ranks, started as these were.
+    /// The command that starts as many ranks as these were started, without the settings of a run.
+    fn command(&self) -> String {
+        "ddtas-train".to_owned()
+    }
+
+    /// The command that resumes the run in `folder` on as many ranks.
     fn to_resume(&self, folder: &Path) -> String {
-        format!("ddtas-train --resume {}", folder.display())
+        format!("{} --resume {}", self.command(), quoted(folder))
     }
 
     /// Replaces `values` by their sum over all ranks, added in the order of ranks and in double precision:

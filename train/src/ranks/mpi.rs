@@ -1,7 +1,6 @@
 //! Ranks as processes started by `mpirun` or `srun`.
 
 use std::cell::Cell;
-use std::path::Path;
 
 use mpi::Threading;
 use mpi::collective::CommunicatorCollectives;
@@ -92,9 +91,8 @@ impl Collective for Mpi {
         self.local_rank
     }
 
-    fn to_resume(&self, folder: &Path) -> String {
-        let (size, folder) = (self.size(), folder.display());
-        format!("mpirun -n {size} --bind-to none ddtas-train --ranks mpi --resume {folder}")
+    fn command(&self) -> String {
+        format!("mpirun -n {} --bind-to none ddtas-train --ranks mpi", self.size())
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {

@@ -89,9 +89,8 @@ impl Collective for Nccl {
         self.local_rank
     }
 
-    fn to_resume(&self, folder: &Path) -> String {
-        let (size, folder) = (self.size, folder.display());
-        format!("{size} processes of ddtas-train --ranks nccl --rendezvous FILE --resume {folder}")
+    fn command(&self) -> String {
+        format!("{} processes of ddtas-train --ranks nccl --rendezvous FILE", self.size)
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {

@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::panic::resume_unwind;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -121,8 +120,8 @@ impl Collective for Thread {
         self.rank
     }
 
-    fn to_resume(&self, folder: &Path) -> String {
-        format!("ddtas-train --ranks {} --resume {}", self.size, folder.display())
+    fn command(&self) -> String {
+        format!("ddtas-train --ranks {}", self.size)
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Messages> {

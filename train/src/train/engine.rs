@@ -7,14 +7,14 @@ use std::rc::Rc;
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{Device, Tensor};
-use ndarray::{ArrayView2, Axis, s};
+use ndarray::{ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::average::Average;
 use super::checkpoint::archive::Archive;
 use super::checkpoint::moments;
 use super::chunks;
-use super::generator::{Generator, GeneratorState};
+use super::generator::{Generator, GeneratorState, WholeNetworkStep};
 use super::memory::Memory;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
@@ -325,19 +325,21 @@ impl Engine {
             && generator.kind() == GeneratorKind::Full
         {
             let device = self.device.clone().inner();
-            let images = (image_tensor(batch, &device), image_tensor(meta, &self.device));
-            let learned = generator
-                .learn_full(
-                    (&self.network, self.mode),
-                    &gradients,
-                    images,
-                    (values, batch),
-                    meta,
-                    (&mut *self.backend, &self.memory),
-                    &self.loss,
-                    &*self.ranks,
-                )
-                .map_err(|error| diverged(error, step))?;
+            let whole = WholeNetworkStep {
+                network: &self.network,
+                mode: self.mode,
+                gradients: &gradients,
+                batch,
+                images: image_tensor(batch, &device),
+                embeddings: values,
+                meta,
+                meta_images: image_tensor(meta, &self.device),
+                memory: &self.memory,
+                loss: &self.loss,
+                ranks: &*self.ranks,
+            };
+            let learned = generator.learn_full(whole, &mut *self.backend);
+            let learned = learned.map_err(|error| diverged(error, step))?;
             self.pending = Some(learned);
         }
         let rate = self.schedule.learning_rate(step);
@@ -382,18 +384,9 @@ impl Engine {
 
     /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is not 0.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
-        let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
+        let (rows, own) = ((embeddings, batch.labels.as_slice()), (&*self.ranks, batch.own.clone()));
         let (backend, output) = (&mut *self.backend, &mut self.output);
-        if self.ranks.size() > 1 && self.pair_loss == PairLoss::SoftContrastive {
-            return self.memory.loss_on_ranks((&*self.ranks, own), backend, rows, &self.loss, output);
-        }
-        self.memory.loss(backend, self.pair_loss, rows, &self.loss, output)?;
-        let any = output.gradient.iter().any(|&entry| entry != 0.0);
-        if own.len() < batch.labels.len() {
-            // The other losses cannot be divided: every rank evaluates the whole loss.
-            output.gradient = output.gradient.slice(s![own, ..]).to_owned();
-        }
-        Ok(any)
+        self.memory.loss_on_ranks(own, backend, self.pair_loss, rows, &self.loss, output)
     }
 
     /// The network's device.

@@ -45,6 +45,25 @@ pub struct Generator {
     hypergradient: Option<ThresholdGradient>,
 }
 
+/// A training step whose gradients a virtual step of the whole network follows.
+pub(super) struct WholeNetworkStep<'a> {
+    pub network: &'a EmbeddingNetwork,
+    pub mode: Normalise,
+    /// Gradients of the weights.
+    pub gradients: &'a GradientsParams,
+    pub batch: &'a ImageBatch,
+    /// This rank's pictures of the batch.
+    pub images: Tensor<4>,
+    /// Those of the whole batch.
+    pub embeddings: ArrayView2<'a, f32>,
+    pub meta: &'a ImageBatch,
+    /// This rank's pictures of the meta batch.
+    pub meta_images: Tensor<4>,
+    pub memory: &'a Memory,
+    pub loss: &'a LossSettings,
+    pub ranks: &'a dyn Collective,
+}
+
 /// The loss of the meta batch. It has its own backend, since the training batch's pairs are needed afterwards.
 struct MetaLoss {
     backend: Box<dyn Backend>,
@@ -195,46 +214,32 @@ impl Generator {
         Ok(self.thresholds.lambda())
     }
 
-    /// Updates lambda by a virtual step of the whole network along `gradients`, those of the last loss of
-    /// `backend`, on the embeddings of `batch` and the memory, with the network in `mode`. `images` are this
-    /// rank's pictures of the batch and of the meta batch. Returns the thresholds for the next step.
+    /// Updates lambda by a virtual step of the whole network along the gradients of the last loss of
+    /// `backend`. Returns the thresholds for the next step.
     ///
     /// # Errors
     /// Errors of the backends and of the ranks.
-    #[expect(clippy::too_many_arguments, reason = "what a step has at hand, from four owners")]
-    pub fn learn_full(
+    pub(super) fn learn_full(
         &mut self,
-        (network, mode): (&EmbeddingNetwork, Normalise),
-        gradients: &GradientsParams,
-        images: (Tensor<4>, Tensor<4>),
-        (embeddings, batch): (ArrayView2<'_, f32>, &ImageBatch),
-        meta_batch: &ImageBatch,
-        (backend, memory): (&mut dyn Backend, &Memory),
-        loss: &LossSettings,
-        ranks: &dyn Collective,
+        of: WholeNetworkStep<'_>,
+        backend: &mut dyn Backend,
     ) -> Result<Lambda> {
-        let meta = &mut self.meta;
+        let WholeNetworkStep { batch, meta, loss, ranks, .. } = of;
+        let meta_loss = &mut self.meta;
         let mut meta_gradient = |own: Array2<f32>| {
             let embeddings = gather_rows(ranks, own)?;
-            let gradient = meta.evaluate(embeddings.view(), &meta_batch.labels, loss)?;
-            Ok(gradient.slice(s![meta_batch.own.clone(), ..]).to_owned())
+            let gradient = meta_loss.evaluate(embeddings.view(), &meta.labels, loss)?;
+            Ok(gradient.slice(s![meta.own.clone(), ..]).to_owned())
         };
-        let step = self.settings.step();
-        let (images, meta_images) = images;
+        let (network, step) = ((of.network, of.mode), self.settings.step());
+        let (images, meta_images) = (of.images, of.meta_images);
         let found =
-            full::tangent((network, mode), gradients, step, images, meta_images, &mut meta_gradient, ranks)?;
+            full::tangent(network, of.gradients, step, images, meta_images, &mut meta_gradient, ranks)?;
         if let Some(full::Tangent { tangent, factor }) = found {
-            let rows = (embeddings, batch.labels.as_slice());
-            let ThresholdGradient { pos, neg } = if ranks.size() == 1 {
-                memory.threshold_gradient(backend, rows, tangent.view())?
-            } else {
-                memory.threshold_gradient_on_ranks(
-                    (ranks, batch.own.clone()),
-                    backend,
-                    rows,
-                    tangent.view(),
-                )?
-            };
+            let rows = (of.embeddings, batch.labels.as_slice());
+            let own = (ranks, batch.own.clone());
+            let ThresholdGradient { pos, neg } =
+                of.memory.threshold_gradient_on_ranks(own, backend, rows, tangent.view())?;
             let gradient = ThresholdGradient { pos: factor * pos, neg: factor * neg };
             let rule = &self.rule;
             self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, rule));

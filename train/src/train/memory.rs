@@ -115,7 +115,7 @@ impl Memory {
         Ok(backend.threshold_gradient(&batch, tangent, Some(moving.view()))?)
     }
 
-    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch and their gradient.
+    /// [`loss`](Memory::loss) on one or more ranks, each with the rows `own` of the batch and their gradient.
     /// Returns whether any gradient is non-zero.
     ///
     /// # Errors
@@ -124,12 +124,23 @@ impl Memory {
         &self,
         (ranks, own): (&dyn Collective, Range<usize>),
         backend: &mut dyn Backend,
-        (embeddings, labels): (ArrayView2<'_, f32>, &[i64]),
+        pair_loss: PairLoss,
+        rows: (ArrayView2<'_, f32>, &[i64]),
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<bool> {
-        let references = self.references(embeddings, labels)?;
-        references.part(labels.len(), own, ranks).loss(backend, settings, output)
+        let (embeddings, labels) = rows;
+        if ranks.size() > 1 && pair_loss == PairLoss::SoftContrastive {
+            let references = self.references(embeddings, labels)?;
+            return references.part(labels.len(), own, ranks).loss(backend, settings, output);
+        }
+        self.loss(backend, pair_loss, rows, settings, output)?;
+        let any = output.gradient.iter().any(|&entry| entry != 0.0);
+        if own.len() < labels.len() {
+            // The other losses cannot be divided: every rank evaluates the whole loss.
+            output.gradient = output.gradient.slice(s![own, ..]).to_owned();
+        }
+        Ok(any)
     }
 
     /// [`threshold_gradient`](Memory::threshold_gradient) after [`loss_on_ranks`](Memory::loss_on_ranks);
@@ -141,9 +152,13 @@ impl Memory {
         &self,
         (ranks, own): (&dyn Collective, Range<usize>),
         backend: &mut dyn Backend,
-        (embeddings, labels): (ArrayView2<'_, f32>, &[i64]),
+        rows: (ArrayView2<'_, f32>, &[i64]),
         tangent: ArrayView2<'_, f32>,
     ) -> Result<ThresholdGradient> {
+        if ranks.size() == 1 {
+            return self.threshold_gradient(backend, rows, tangent);
+        }
+        let (embeddings, labels) = rows;
         let references = self.references(embeddings, labels)?;
         references.part(labels.len(), own, ranks).threshold_gradient(backend, tangent)
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::ScheduleKind;
 use crate::Result;
+use crate::arguments::defaults;
 use crate::error::{check, fits};
 use crate::generator::GeneratorKind;
 use crate::model::EmbeddingNetwork;
@@ -62,7 +63,7 @@ pub struct OptimizerSettings {
     #[arg(long, value_name = "STEPS", value_delimiter = ',', hide_short_help = true)]
     pub milestones: Vec<usize>,
     /// Factor of the learning rate at each milestone.
-    #[arg(long, value_name = "FACTOR", default_value_t = MILESTONE_FACTOR, hide_short_help = true)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.1, hide_short_help = true)]
     pub milestone_factor: f64,
     /// Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
     #[arg(long, value_name = "DECAY", default_value_t = 0.0, hide_short_help = true)]
@@ -72,21 +73,9 @@ pub struct OptimizerSettings {
     pub chunk_size: usize,
 }
 
-const MILESTONE_FACTOR: f64 = 0.1;
-
 impl Default for OptimizerSettings {
     fn default() -> Self {
-        Self {
-            optimizer: OptimizerKind::default(),
-            weight_decay_on: Decayed::default(),
-            head_learning_rate: None,
-            head_steps: 0,
-            schedule: ScheduleKind::default(),
-            milestones: Vec::new(),
-            milestone_factor: MILESTONE_FACTOR,
-            ema: 0.0,
-            chunk_size: 0,
-        }
+        defaults()
     }
 }
 

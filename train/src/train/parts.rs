@@ -147,6 +147,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    const OURS: PairLoss = PairLoss::SoftContrastive;
     const ROWS: usize = 61;
     const DIM: usize = 24;
 
@@ -175,7 +176,8 @@ mod tests {
                 let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
                 together(&ranks, || {
                     let (on, batch) = ((&*ranks, own.clone()), (rows.view(), labels.as_slice()));
-                    let any = memory.loss_on_ranks(on.clone(), &mut backend, batch, settings, &mut output)?;
+                    let any =
+                        memory.loss_on_ranks(on.clone(), &mut backend, OURS, batch, settings, &mut output)?;
                     let own = tangent.slice(s![own, ..]);
                     let sums = memory.threshold_gradient_on_ranks(on, &mut backend, batch, own)?;
                     output.gradient = gather_rows(&*ranks, output.gradient.clone())?;
@@ -207,7 +209,7 @@ mod tests {
             for memory in [Memory::new(0, 0, DIM), full.clone()] {
                 let (mut backend, mut want) = (CpuBackend::new(), LossOutput::default());
                 let batch = (rows.view(), labels.as_slice());
-                memory.loss(&mut backend, PairLoss::SoftContrastive, batch, &settings, &mut want).unwrap();
+                memory.loss(&mut backend, OURS, batch, &settings, &mut want).unwrap();
                 let sums = memory.threshold_gradient(&mut backend, batch, tangent.view()).unwrap();
                 for count in 2..5 {
                     let (got, got_sums) = on_ranks(count, &memory, &settings);
@@ -246,7 +248,7 @@ mod tests {
             let (settings, batch) = (LossSettings::default(), (rows.view(), labels.as_slice()));
             let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
             let on = (&*Rc::clone(&ranks), own);
-            together(&ranks, || memory.loss_on_ranks(on, &mut backend, batch, &settings, &mut output))
+            together(&ranks, || memory.loss_on_ranks(on, &mut backend, OURS, batch, &settings, &mut output))
         });
         let error = done.unwrap_err();
         assert!(error.to_string().contains("row 40") || matches!(error, Error::Rank { .. }), "{error}");

@@ -153,18 +153,10 @@ pub struct TrainSettings {
     /// Pictures of each class in a batch (K).
     #[arg(long, value_name = "K", default_value_t = 5, help_heading = "Batches")]
     pub images_per_class: usize,
-    /// Smallest share of a picture's area that a random crop takes; 1 crops to a square only.
-    #[arg(long, default_value_t = 0.6, help_heading = "Data", hide_short_help = true)]
-    pub smallest_crop: f64,
-    /// Probability that a training picture is mirrored; 0 if left and right differ, as in writing.
-    #[arg(long, value_name = "PROBABILITY", default_value_t = flip(), help_heading = "Data", hide_short_help = true)]
-    #[serde(default = "flip")]
-    pub flip: f64,
-    /// How much the colours of training pictures vary: brightness, contrast and saturation are each multiplied by a
-    /// random factor within 1 +- this; 0 if colours tell classes apart.
-    #[arg(long, value_name = "SHARE", default_value_t = jitter(), help_heading = "Data", hide_short_help = true)]
-    #[serde(default = "jitter")]
-    pub jitter: f64,
+    /// How training pictures are varied.
+    #[command(flatten, next_help_heading = "Data")]
+    #[serde(flatten)]
+    pub augment: AugmentSettings,
     /// Training steps; with --resume those of the whole run, which may be more or fewer than before.
     #[arg(long, default_value_t = 200, help_heading = "Runs")]
     pub steps: usize,
@@ -227,14 +219,6 @@ pub struct TrainSettings {
     /// The threshold generator.
     #[command(flatten, next_help_heading = "Learned threshold")]
     pub generator: GeneratorSettings,
-}
-
-fn flip() -> f64 {
-    AugmentSettings::default().flip
-}
-
-fn jitter() -> f64 {
-    AugmentSettings::default().jitter
 }
 
 /// A command-line parser of [`Mining`].
@@ -422,11 +406,7 @@ impl TrainSettings {
         )?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
-        let crop = self.smallest_crop;
-        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop, "above 0, at most 1")?;
-        let (flip, jitter) = (self.flip, self.jitter);
-        check((0.0..=1.0).contains(&flip), "flip", flip, "a probability, 0 to 1")?;
-        check((0.0..1.0).contains(&jitter), "jitter", jitter, "0 (none) up to, not with, 1")?;
+        self.augment.validate()?;
         check_image_size(self.image_size)?;
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         let sizes = [

@@ -2,7 +2,8 @@
 
 use ddtas_io::console::say;
 use ddtas_io::progress::Progress;
-use ddtas_train::inference::{Event, Skipped};
+use ddtas_train::data::Unreadable;
+use ddtas_train::inference::Event;
 
 /// Runs `work`, shows its events, and removes the progress bar at the end, also after an error.
 pub fn during<T>(
@@ -32,7 +33,7 @@ fn show(progress: &mut Progress, event: Event<'_>) {
 }
 
 /// Warns of unreadable pictures, naming the first few.
-pub fn warn_of_skipped(skipped: &[Skipped]) {
+pub fn warn_of_skipped(skipped: &[Unreadable]) {
     const NAMED: usize = 10;
     for bad in skipped.iter().take(NAMED) {
         say(format_args!("warning: left out {}: {}", bad.path.display(), bad.reason));

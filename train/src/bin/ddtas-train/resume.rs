@@ -5,8 +5,11 @@ use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// Settings that may change besides [`Overrides::NAMES`].
-const OTHERS: [&str; 4] = ["ranks", "rendezvous", "rank_timeout", "steps"];
+/// Arguments of the ranks, which may change besides [`Overrides::names`].
+const RANKS: [&str; 3] = ["ranks", "rendezvous", "rank_timeout"];
+
+/// Arguments that say what to do with the run, not how it trains.
+const OTHERS: [&str; 3] = ["resume", "quiet", "json"];
 
 /// The changed settings on the command line.
 ///
@@ -14,31 +17,19 @@ const OTHERS: [&str; 4] = ["ranks", "rendezvous", "rank_timeout", "steps"];
 /// [`Misused`](ddtas_io::Error::Misused) for a setting that must not change.
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    let mut ids = matches.ids().map(clap::Id::as_str);
-    let changeable = || Overrides::NAMES.into_iter().chain(OTHERS);
-    let allowed = |id: &str| changeable().chain(["resume", "quiet", "json"]).any(|allowed| allowed == id);
-    // Groups of arguments also have ids, named like their types, with capitals.
-    let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
-    if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
-        let changeable: Vec<_> = changeable().map(|id| format!("--{}", flag(id))).collect();
+    let changeable = || Overrides::names().chain(RANKS);
+    let command = crate::command();
+    let refused = command.get_arguments().find(|argument| {
+        let id = argument.get_id().as_str();
+        given(id) && !changeable().chain(OTHERS).any(|allowed| allowed == id)
+    });
+    if let Some(flag) = refused.and_then(clap::Arg::get_long) {
+        let changeable: Vec<_> = changeable().map(|id| format!("--{}", id.replace('_', "-"))).collect();
         let changeable = changeable.join(", ");
         let reason = format!(
-            "takes its settings from the run's config.toml: leave out --{} ({changeable} may change)",
-            flag(fixed)
+            "takes its settings from the run's config.toml: leave out --{flag} ({changeable} may change)"
         );
         return Err(Error::misuse("resume", "", reason));
     }
-    Ok(Overrides {
-        device: given("device").then(|| settings.device.clone()),
-        workers: given("workers").then_some(settings.workers),
-        checkpoint_every: given("checkpoint_every").then_some(settings.checkpoint_every),
-        max_bad_images: given("max_bad_images").then_some(settings.max_bad_images),
-        steps: given("steps").then_some(settings.steps),
-        data_root: settings.data.data_root.clone().filter(|_| given("data_root")),
-    })
-}
-
-/// The flag of an argument: its field's name, except for the field `kind` of the generator's settings.
-fn flag(id: &str) -> String {
-    if id == "kind" { "generator".into() } else { id.replace('_', "-") }
+    Ok(Overrides::new(settings, given))
 }

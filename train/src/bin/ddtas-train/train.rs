@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use ddtas_io::console::{counted, print_result, reader_has_gone, say};
 use ddtas_io::progress::Progress as Shown;
+use ddtas_train::arguments::quoted;
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::PairLoss;
 use ddtas_train::train::{
@@ -94,11 +95,11 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
             signals.exit_code()
         }
         Outcome::FinishedBefore { folder, command, step } => {
+            let (steps, last) = (counted(*step, "step"), quoted(&folder.join("last.safetensors")));
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished after {}; see {folder}/report.html; to train on: {command} --steps N, \
-                 or --init {folder}/last.safetensors in a new run",
-                counted(*step, "step")
+                "the run in {folder} has finished after {steps}; see {folder}/report.html; to train on: {command} --steps N, \
+                 or --init {last} in a new run"
             ));
             ExitCode::SUCCESS
         }

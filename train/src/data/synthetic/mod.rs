@@ -33,20 +33,11 @@ pub struct SyntheticSettings {
     pub picture_size: usize,
     /// Seed of designs and scenes.
     pub seed: u64,
-    /// Bytes of drawn pictures that each split may keep in memory. Default [`DEFAULT_CACHE_BYTES`].
-    pub cache_bytes: usize,
 }
 
 impl Default for SyntheticSettings {
     fn default() -> Self {
-        Self {
-            classes: 196,
-            train_pictures: 40,
-            test_pictures: 20,
-            picture_size: 64,
-            seed: 0,
-            cache_bytes: DEFAULT_CACHE_BYTES,
-        }
+        Self { classes: 196, train_pictures: 40, test_pictures: 20, picture_size: 64, seed: 0 }
     }
 }
 
@@ -100,7 +91,7 @@ pub fn synthetic(settings: &SyntheticSettings) -> Result<Dataset> {
     let half = settings.classes / 2;
     let split = |designs, pictures| {
         let artist: Arc<dyn Artist> = Arc::clone(&fleet) as _;
-        Arc::new(Split::drawn(artist, designs, pictures, settings.cache_bytes))
+        Arc::new(Split::drawn(artist, designs, pictures, DEFAULT_CACHE_BYTES))
     };
     Ok(Dataset {
         name: "synthetic".into(),

@@ -59,18 +59,14 @@ impl Findings {
         Ok(())
     }
 
-    /// Reads report.json; `None` if there is none yet, because the run has not finished or was killed.
+    /// Reads report.json.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is something else.
-    pub fn read(folder: &Path) -> Result<Option<Self>> {
+    fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("report.json");
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io("read", &path)(error)),
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|error| Error::format(&path, error.to_string()))
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        serde_json::from_slice(&text).map_err(|error| Error::format(&path, error.to_string()))
     }
 }
 
@@ -81,7 +77,7 @@ pub(super) struct Report {
     pub rehearsal: Vec<StepRecord>,
     pub steps: Vec<StepRecord>,
     pub evaluations: Vec<EvaluationRecord>,
-    pub findings: Option<Findings>,
+    pub findings: Findings,
 }
 
 impl Report {

@@ -10,14 +10,12 @@ use ddtas_io::console::counted_as;
 
 /// The whole page; all external text is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
-    let title = match &report.findings {
-        Some(findings) => format!("{} on {}", report.name, findings.dataset),
-        None => report.name.clone(),
-    };
+    let findings = &report.findings;
+    let title = format!("{} on {}", report.name, findings.dataset);
     let mut body = String::new();
     heading(&mut body, report, &title);
     recall_table(&mut body, report);
-    if let Some(findings) = report.findings.as_ref().filter(|findings| !findings.queries.is_empty()) {
+    if !findings.queries.is_empty() {
         neighbours(&mut body, &findings.queries);
     }
     let (plots, flat) = plots::plots(report)?;
@@ -42,21 +40,18 @@ pub(super) fn page(report: &Report) -> Result<String, String> {
 
 fn heading(body: &mut String, report: &Report, title: &str) {
     push(body, &format!("<header><h1>{}</h1>", escape(title)));
-    if let Some(f) = &report.findings {
-        push(
-            body,
-            &format!(
-                "<p>Trained on {} pictures of {} classes, tested on {} pictures of {} classes{}.</p>",
-                grouped(f.train.pictures),
-                grouped(f.train.classes),
-                grouped(f.test.pictures),
-                grouped(f.test.classes),
-                if f.seen { ", some of which trained" } else { " it never saw" }
-            ),
-        );
-    } else {
-        push(body, "<p>This run has not ended, or was interrupted: the report shows what there is.</p>");
-    }
+    let f = &report.findings;
+    push(
+        body,
+        &format!(
+            "<p>Trained on {} pictures of {} classes, tested on {} pictures of {} classes{}.</p>",
+            grouped(f.train.pictures),
+            grouped(f.train.classes),
+            grouped(f.test.pictures),
+            grouped(f.test.classes),
+            if f.seen { ", some of which trained" } else { " it never saw" }
+        ),
+    );
     let mut cards = Vec::new();
     if let Some((first, best)) = first_and_best(report) {
         let at_1 = |recall: &[(usize, f64)]| recall.first().map(|&(_, value)| percent(value));
@@ -74,9 +69,7 @@ fn heading(body: &mut String, report: &Report, title: &str) {
     if let Some(last) = report.steps.last() {
         cards.push((grouped(last.step + 1), format!("steps, {:.1} epochs", last.epoch)));
     }
-    if let Some(f) = &report.findings {
-        cards.push((duration(f.training_seconds), "of training".into()));
-    }
+    cards.push((duration(f.training_seconds), "of training".into()));
     if let Some(seed) = report.settings.get("seed") {
         cards.push((escape(&seed.to_string()), "seed".into()));
     }
@@ -98,10 +91,9 @@ fn first_and_best(report: &Report) -> Option<(&EvaluationRecord, &EvaluationReco
 
 fn recall_table(body: &mut String, report: &Report) {
     let Some((first, best)) = first_and_best(report) else { return };
-    let mut rows: Vec<Row> = Vec::new();
-    if let Some(findings) = &report.findings {
-        rows.extend(findings.baselines.iter().map(|b| Row::new(&b.name, &b.recall, [None, None])));
-    }
+    let findings = &report.findings;
+    let mut rows: Vec<Row> =
+        findings.baselines.iter().map(|b| Row::new(&b.name, &b.recall, [None, None])).collect();
     let after = |step: usize| format!("after {}", counted_as(grouped(step), step, "step"));
     let before = match first.step {
         0 => before_training(report.begins_with("init"), report.begins_with("weights")).into(),
@@ -114,7 +106,7 @@ fn recall_table(body: &mut String, report: &Report) {
         }
         rows.push(Row::of(&format!("trained, {}", after(last.step)), last));
     }
-    let unseen = if report.findings.as_ref().is_some_and(|findings| findings.seen) { "" } else { "unseen " };
+    let unseen = if findings.seen { "" } else { "unseen " };
     section(
         body,
         "Retrieval",

@@ -1,7 +1,7 @@
 //! report.html of a run folder, a single file without external resources.
 //!
-//! [`write()`] makes it of config.toml, metrics.jsonl and report.json ([`Findings`]), at the end of a run or
-//! any time later. neighbours.png contains only the queries and their neighbours, for a README.
+//! [`write()`] makes it of config.toml, metrics.jsonl and report.json ([`Findings`]) at the end of a run.
+//! neighbours.png contains only the queries and their neighbours, for a README.
 
 mod findings;
 mod html;
@@ -18,9 +18,7 @@ use findings::Report;
 pub use findings::{Baseline, Findings};
 pub use strip::{Answer, Query, queries};
 
-/// Writes report.html from the files of a run folder, and returns its path.
-///
-/// The report of an interrupted run shows the available data.
+/// Writes report.html from the files of a finished run's folder, and returns its path.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format)

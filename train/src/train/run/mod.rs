@@ -9,26 +9,25 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `memory.rs` | checks that this machine's memory suffices |
+//! | `overrides.rs` | settings that may change when a run is resumed |
+//! | `ram.rs` | checks that this machine's memory suffices |
 
 mod evaluation;
 mod event;
 mod files;
-mod memory;
+mod overrides;
+mod ram;
 mod setup;
 mod state;
 mod steps;
 mod unread;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use ddtas::backend::Backend;
-
 use super::checkpoint::Checkpoint;
-use super::device::{self, RunDevice};
 use super::folder::RunFolder;
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
@@ -37,42 +36,11 @@ use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
-pub(crate) use memory::check_embedding;
+pub use overrides::Overrides;
+pub(crate) use ram::check_embedding;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
-
-/// Settings that may change when a run is resumed. The result depends only on `steps`, except that another
-/// device may round differently.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Overrides {
-    /// Where to compute.
-    pub device: Option<String>,
-    /// Threads that prepare batches.
-    pub workers: Option<usize>,
-    /// Steps between two checkpoints.
-    pub checkpoint_every: Option<usize>,
-    /// Unreadable pictures allowed.
-    pub max_bad_images: Option<usize>,
-    /// New path of the same pictures; replaces that in config.toml.
-    pub data_root: Option<PathBuf>,
-    /// Steps of the whole run, at least as many as are done; replaces the number in config.toml.
-    pub steps: Option<usize>,
-}
-
-impl Overrides {
-    /// Names in config.toml of the settings that the result does not depend on.
-    pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
-
-    fn apply(&self, settings: &mut TrainSettings) {
-        settings.device = self.device.clone().unwrap_or_else(|| settings.device.clone());
-        settings.workers = self.workers.unwrap_or(settings.workers);
-        settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
-        settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
-        settings.steps = self.steps.unwrap_or(settings.steps);
-        settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
-    }
-}
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
@@ -98,8 +66,7 @@ pub fn train(
             RunFolder::check(settings)?;
         }
         let begun = Instant::now();
-        let (device, backend) = open_device(settings, &**ranks)?;
-        let engine = make_engine(settings, (&device, backend), None, ranks)?;
+        let (device, engine) = make_engine(settings, None, ranks)?;
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         let (settings, note) = &settings.fitted(&dataset.train);
         let setup = Setup::new(settings, &dataset, engine, (&device, &**ranks))?;
@@ -164,15 +131,14 @@ pub fn resume(
                 step: state.step,
             });
         }
-        let (device, backend) = open_device(&settings, &**ranks)?;
-        let mut engine = make_engine(&settings, (&device, backend), last.as_ref(), ranks)?;
+        let (device, mut engine) = make_engine(&settings, last.as_ref(), ranks)?;
         let resumed = last.is_some();
         if let Some(last) = last {
             state.put_back(&mut engine, last)?;
         }
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         state.check_data(&dataset)?;
-        if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
+        if writes && (overrides.has("data_root") || overrides.has("steps")) {
             folder.write_config(&settings)?;
         }
         let (settings, _) = settings.fitted(&dataset.train);
@@ -186,11 +152,4 @@ pub fn resume(
         }
         run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
     })
-}
-
-/// Finds the device and opens the backend of the loss there.
-fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(RunDevice, Box<dyn Backend>)> {
-    let found = device::find(settings.device.parse()?, ranks.local_rank())?;
-    let backend = device::open(&found.spec)?;
-    Ok((found, backend))
 }

@@ -7,18 +7,18 @@ use std::sync::Arc;
 use burn::tensor::Device;
 
 use super::evaluation::EVALUATION_CHUNK;
-use super::memory::{self, Pictures};
+use super::ram::{self, Pictures};
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler, fewer_than};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::{EmbeddingNetwork, seeded};
 use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
-use crate::train::device::{RunDevice, moved, open};
+use crate::train::device::{RunDevice, find, moved, open};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
-use ddtas::backend::{Backend, DeviceSpec};
+use ddtas::backend::DeviceSpec;
 
 /// Makes the random draws of meta batches differ from those of training batches.
 const META_SEED: u64 = 0x6d65_7461;
@@ -49,7 +49,7 @@ impl Setup {
             engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
         }
         let on_cpu = device.network == Device::flex().autodiff();
-        if let Some(most) = memory::of_this_machine().filter(|_| on_cpu) {
+        if let Some(most) = ram::of_this_machine().filter(|_| on_cpu) {
             let own = |pictures| share(pictures, ranks.rank(), ranks.size()).len();
             let pictures = Pictures {
                 batch: own(sampler.batch_size()),
@@ -57,20 +57,21 @@ impl Setup {
                 test: own(dataset.test.len()).min(EVALUATION_CHUNK),
             };
             let values = engine.network.backbone.least_values(settings.image_size);
-            memory::check(settings, values, &pictures, most)?;
+            ram::check(settings, values, &pictures, most)?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
 
-/// An engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of `--weights` or of
-/// `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
+/// The device, and an engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of
+/// `--weights` or of `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
 pub(super) fn make_engine(
     settings: &TrainSettings,
-    (device, backend): (&RunDevice, Box<dyn Backend>),
     last: Option<&Checkpoint>,
     ranks: &Rc<dyn Collective>,
-) -> Result<Engine> {
+) -> Result<(RunDevice, Engine)> {
+    let device = find(settings.device.parse()?, ranks.local_rank())?;
+    let backend = open(&device.spec)?;
     let network = match last {
         Some(last) => make_network(settings, Some(last), &device.network)?,
         None => first_network(settings, &device.network)?,
@@ -81,7 +82,7 @@ pub(super) fn make_engine(
     if last.is_none() {
         first_optimizer(settings, &mut engine)?;
     }
-    Ok(engine)
+    Ok((device, engine))
 }
 
 /// Restores the optimizer's moments if `--init` is a checkpoint that contains them.
@@ -112,9 +113,7 @@ impl Batches {
         loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
         loader.rank = (ranks.rank(), ranks.size());
-        loader.augment.crop_area = (settings.smallest_crop, 1.0);
-        loader.augment.flip = settings.flip;
-        loader.augment.jitter = settings.jitter;
+        loader.augment = settings.augment.clone();
         let meta = meta_sampler.map(|sampler| {
             let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
             Loader::new(Arc::clone(&dataset.train), sampler.clone(), settings)

@@ -208,7 +208,8 @@ impl RunState {
 pub(super) fn fixed(settings: &TrainSettings) -> toml::Table {
     let absolute = settings.clone().with_absolute_paths().unwrap_or_else(|_| settings.clone());
     let mut table = toml::Table::try_from(absolute).unwrap_or_default();
-    table.retain(|key, _| key != "output" && !Overrides::NAMES.contains(&key));
+    let changes_nothing = |key: &str| key != "steps" && Overrides::names().any(|name| name == key);
+    table.retain(|key, _| key != "output" && !changes_nothing(key));
     table
 }
 
