@@ -1,7 +1,7 @@
 //! [`Backend`] over any [`Device`].
 
 use bytemuck::cast_slice;
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
 use super::layout::Remembered;
 use super::passes::Passes;
@@ -122,13 +122,11 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
         let labels = Remembered::keep_labels(last, part);
-        if shape.anchors == 0 {
-            self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
-            *output = LossOutput::default();
-            return Ok(());
-        }
         let begun = self.begin(shape, settings, false);
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
+        if shape.anchors == 0 {
+            return self.find_nothing(loss, output);
+        }
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let input = upload(device, buffer, &loss.layout, part)?;
@@ -152,10 +150,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let loss = self.go_on(part, Step::Sweep)?;
         min_pos.validate(part)?;
         if loss.shape.anchors == 0 {
-            output.max_neg.clear();
-            output.probe_neg = 0;
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [min_pos.anchors, &[]], [min_pos.references, &[]])?;
@@ -182,10 +177,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let tolerances = adapt(&loss.host_settings, totals);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
         if loss.shape.anchors == 0 {
-            output.count_pos.clear();
-            output.count_neg.clear();
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [max_neg.anchors, &[]], [max_neg.references, &[]])?;
@@ -214,15 +206,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let loss = self.go_on(part, Step::Gradient)?;
         RowNumbers::validate_sizes(&count_pos, &count_neg, part)?;
         if loss.shape.anchors == 0 {
-            let gradient = Array2::zeros((0, loss.shape.dim));
-            *output = LossOutput {
-                gradient,
-                gamma_pos: output.gamma_pos,
-                gamma_neg: output.gamma_neg,
-                ..LossOutput::default()
-            };
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let anchors = [count_pos.anchors, count_neg.anchors];

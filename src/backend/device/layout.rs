@@ -234,18 +234,6 @@ fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
 const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
 
 impl Remembered {
-    /// The first step of a part without anchors, for which no kernel runs.
-    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: Option<[Vec<i64>; 2]>) -> Self {
-        Self {
-            shape,
-            layout: LossLayout::default(),
-            settings: device_settings(settings, &shape),
-            host_settings: *settings,
-            step: Some(Step::SameClass),
-            labels,
-        }
-    }
-
     /// Copies the labels of `batch`, into the memory of the labels of `before`.
     pub(super) fn keep_labels(before: Option<Self>, batch: &Batch<'_>) -> Option<[Vec<i64>; 2]> {
         let mut labels = before.and_then(|last| last.labels).unwrap_or_default();
