@@ -1,4 +1,5 @@
 //! The order of calls that a backend requires, and what it keeps between calls.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::Error;
 use ddtas::backend::cpu::CpuBackend;
@@ -130,14 +131,4 @@ fn more_neighbours_than_references_are_none() {
         assert!(indices.iter().skip(2).all(|&index| index == Nearest::NONE));
         assert!(similarities.iter().skip(2).all(|&value| value == f32::NEG_INFINITY));
     }
-}
-
-#[test]
-fn the_workspace_is_as_large_as_stated() {
-    let case = golden_case("paper_batch80");
-    let mut backend =
-        DeviceBackend::new(EmulatedDevice::new(13), Options { budget: 4096, ..Options::default() });
-    let mut output = LossOutput::default();
-    backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
-    assert_eq!(backend.workspace_bytes(), backend.loss_bytes(&case.batch()));
 }

@@ -3,8 +3,8 @@
 use bytemuck::cast_slice;
 use ndarray::ArrayView2;
 
-use super::layout::Remembered;
 use super::passes::Passes;
+use super::remembered::Remembered;
 use super::shape::Shape;
 use super::steps::{NumberKind, download_counters, upload_numbers};
 use super::transfer::{download_gradients, download_list, download_scalars, upload};
@@ -41,8 +41,7 @@ impl Default for Options {
 
 /// The passes on one device, with their workspaces.
 ///
-/// The workspace of the loss is allocated on the first call and again only for a larger batch; its size is
-/// [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have workspaces of their own,
+/// The workspace of the loss is allocated on the first call and again only for a larger batch. The threshold and the retrieval pass have workspaces of their own,
 /// allocated on first use, so that the pairs of the last loss survive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,

@@ -2,8 +2,9 @@
 
 use ndarray::Array2;
 
-use super::layout::{LossLayout, Remembered, device_settings};
+use super::layout::LossLayout;
 use super::passes::Passes;
+use super::remembered::{Remembered, device_settings};
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
@@ -12,13 +13,6 @@ use crate::loss::select::initial_tolerances;
 use crate::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
 
 impl<D: Device> DeviceBackend<D> {
-    /// Bytes of the workspace of a loss on `batch`: a function of B, N, D, the type and the budget.
-    #[must_use]
-    pub fn loss_bytes(&self, batch: &Batch<'_>) -> usize {
-        let shape = self.shape(batch);
-        LossLayout::new(&shape, self.options.budget, self.device.properties(), false).layout.bytes()
-    }
-
     pub(super) fn shape(&self, batch: &Batch<'_>) -> Shape {
         let Rows { embeddings, .. } = &batch.anchors;
         Shape {

@@ -2,11 +2,13 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::layout::{RowTolerance, SideAddresses};
+use super::enqueue::{ResidentIdentity, ResidentPart, ResidentSettings};
 use super::passes::Passes;
 use super::retrieval::Searched;
 use super::shape::Shape;
-use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
+use super::transfer::{
+    IdentityAt, Input, RowTolerance, SideAddresses, download_anchors, download_scalars, download_terms,
+};
 use super::{Device, DeviceBackend, Precision};
 use crate::backend::{Nearest, Picked};
 use crate::loss::{ElementType, LossOutput, LossSettings, ThresholdGradient, UnitCheck};
@@ -148,15 +150,12 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.remembered = None;
-        settings.validate()?;
-        batch.validate()?;
-        let shape = batch.shape(self.options.tf32);
-        shape.check()?;
-        let loss = self.begin(shape, settings, true);
-        let input = batch.input();
-        let Self { device, loss: workspace, .. } = self;
-        let buffer = workspace.lay(device, &loss.layout.layout)?;
+        let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.count);
+        let whole = ResidentPart { batch: *batch, identity, total, normalize: false };
+        let settings = ResidentSettings { settings: *settings, lambda: 0 };
+        let loss = self.begin_resident(&whole, &settings, false)?;
+        let input = whole.input();
+        let (buffer, device) = self.resumed(&loss)?;
         let mut passes = Passes::new(&mut *device, buffer, &loss);
         passes.whole_loss(&input, passes.scalars())?;
         *output = LossOutput::default();

@@ -3,10 +3,11 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
-use super::layout::{Remembered, pointer, unless_empty};
+use super::layout::{pointer, unless_empty};
 use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
 use super::passes::Passes;
 use super::plan::GradientGrid;
+use super::remembered::Remembered;
 use super::shape::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, DeviceProperties, Kernel};
