@@ -1,5 +1,6 @@
 //! Rows given by device address give the bits of rows given from the host. The device is the emulated one,
 //! whose memory is the host's.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::{

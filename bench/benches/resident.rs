@@ -20,9 +20,9 @@ use ddtas_bench::{Embeddings as Drawn, ThroughputSettings, Timed, measure_on, re
 struct Arguments {
     #[command(flatten)]
     settings: ThroughputSettings,
-    /// Bytes for candidates; the rest is recomputed.
-    #[arg(long, default_value_t = Options::default().budget)]
-    budget: usize,
+    /// Bytes for candidates; the rest is recomputed. Left out: a quarter of the GPU's free memory.
+    #[arg(long)]
+    budget: Option<usize>,
     /// Before timing, hold so many anchors to float64, and the answers of budget 0 and of the kernels that are
     /// not Hopper's to this one.
     #[arg(long, value_name = "ANCHORS")]
@@ -80,7 +80,7 @@ fn hold(
     let open = |way| {
         let device = CudaDevice::new(0)?;
         let device = if way == Way::EveryGpu { device.without_warpgroup_products() } else { device };
-        let budget = if way == Way::NothingStored { 0 } else { options.budget };
+        let budget = if way == Way::NothingStored { Some(0) } else { options.budget };
         Ok(CudaBackend::new(device, Options { budget, ..options }))
     };
     let (settings, tf32) = (&embeddings.settings, arguments.settings.device.tf32);

@@ -17,26 +17,15 @@ use crate::loss::select::adapt;
 use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 
 /// Options of a device backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
-    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default
-    /// [`Options::SHARE_OF_FREE`].
-    pub budget: usize,
+    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. `None`: a quarter of the
+    /// memory that is free when the backend is made. A loss takes at most 8 bytes of it for each pair of its
+    /// batch.
+    pub budget: Option<usize>,
     /// Whether f32 rows are multiplied with TF32's precision: rounded to f16's 11 significant bits (entries
     /// below 6e-5 to an absolute 3e-8), products summed in f32. Default false: f32's precision.
     pub tf32: bool,
-}
-
-impl Options {
-    /// Stands for a quarter of the memory that is free when the backend is made. A loss takes at most 8 bytes
-    /// of it for each pair of its batch.
-    pub const SHARE_OF_FREE: usize = usize::MAX;
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { budget: Self::SHARE_OF_FREE, tf32: false }
-    }
 }
 
 /// The passes on one device, with their workspaces.
@@ -45,7 +34,9 @@ impl Default for Options {
 /// allocated on first use, so that the pairs of the last loss survive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,
-    pub(super) options: Options,
+    /// Bytes for the candidates of a loss.
+    pub(super) budget: usize,
+    pub(super) tf32: bool,
     pub(super) loss: Workspace<D>,
     pub(super) threshold: Workspace<D>,
     /// The gallery, while it is searched.
@@ -58,13 +49,11 @@ pub struct DeviceBackend<D: Device> {
 impl<D: Device> DeviceBackend<D> {
     /// A backend without any memory yet.
     pub fn new(device: D, options: Options) -> Self {
-        let budget = match options.budget {
-            Options::SHARE_OF_FREE => device.free_memory() / 4,
-            bytes => bytes,
-        };
+        let Options { budget, tf32 } = options;
         Self {
+            budget: budget.unwrap_or_else(|| device.free_memory() / 4),
+            tf32,
             device,
-            options: Options { budget, ..options },
             loss: Workspace::default(),
             threshold: Workspace::default(),
             gallery: Workspace::default(),
@@ -84,7 +73,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
-        Precision::of(rows.embeddings.element_type(), self.options.tf32)
+        Precision::of(rows.embeddings.element_type(), self.tf32)
     }
 }
 

@@ -253,7 +253,7 @@ impl<D: Device> DeviceBackend<D> {
         self.remembered = None;
         settings.settings.validate()?;
         part.validate()?;
-        let shape = part.shape(self.options.tf32, numbers);
+        let shape = part.shape(self.tf32, numbers);
         shape.check()?;
         let mut loss = self.begin(shape, &settings.settings, true);
         if settings.lambda != 0 {
@@ -270,7 +270,7 @@ impl<D: Device> DeviceBackend<D> {
     fn go_on_resident(&mut self, part: &ResidentPart, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
-        if last.shape != part.shape(self.options.tf32, true) {
+        if last.shape != part.shape(self.tf32, true) {
             return Err(Error::OutOfOrder("a step needs the part of the step before it: its shape differs"));
         }
         Ok(Remembered { step: Some(step), ..last })

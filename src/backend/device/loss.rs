@@ -75,7 +75,7 @@ impl<D: Device> DeviceBackend<D> {
     pub(super) fn begin(&self, shape: Shape, settings: &LossSettings, resident: bool) -> Remembered {
         let layout = match shape.anchors {
             0 => LossLayout::default(),
-            _ => LossLayout::new(&shape, self.options.budget, self.device.properties(), resident),
+            _ => LossLayout::new(&shape, self.budget, self.device.properties(), resident),
         };
         Remembered {
             shape,

@@ -210,7 +210,7 @@ impl<D: Device> DeviceBackend<D> {
         }
         // In the square form the anchors' tangent is that of both sides.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
-        self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
+        self.sum_threshold(batch.shape(self.tf32), true, |_, _, _| Ok(tangents))
     }
 
     /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows;
@@ -235,7 +235,7 @@ impl<D: Device> DeviceBackend<D> {
         k: usize,
     ) -> Result<Nearest> {
         batch.validate_rows("queries")?;
-        let all = Shape { references: None, ..batch.shape(self.options.tf32) };
+        let all = Shape { references: None, ..batch.shape(self.tf32) };
         let queries = batch.searched("queries", &batch.anchors, picked.map(|picked| picked.queries), all)?;
         let gallery = match (picked, &batch.references) {
             (Some(picked), _) => Some(("queries", &batch.anchors, picked.gallery)),
