@@ -210,7 +210,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     /// Issues the last step: the gradient of the anchors goes where the batch says, the part's scalars to
-    /// `scalars`, as [`LossScalars`].
+    /// `scalars`, as [`LossScalars`](crate::loss::LossScalars).
     ///
     /// # Errors
     /// As [`enqueue_sweep`](Self::enqueue_sweep).
