@@ -49,11 +49,11 @@
      2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
 /* The sweep on Hopper for exact f32: one team, the high parts of a row tile, and 5 stages for the columns' parts and the rows'
  * low parts; 29 barriers; padded to a multiple of 16 bytes. */
-#define SWEEP_SPLIT_THREADS 384
-#define SWEEP_SPLIT_STAGES 5
-#define SWEEP_SPLIT_SHARED_BYTES                                                                                          \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 +  \
-     TILE * 12 + 44 + 4 + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 4) * 8)
+#define SWEEP_HOPPER_EXACT_THREADS 384
+#define SWEEP_HOPPER_EXACT_STAGES 5
+#define SWEEP_HOPPER_EXACT_SHARED_BYTES                                                                                  \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_EXACT_STAGES) * TILE * STAGE_BYTES + SWEEP_HOPPER_STAGED * 4 +                \
+     TILE_MASK_WORDS * 4 + TILE * 12 + 44 + 4 + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_EXACT_STAGES) + 4) * 8)
 /* order_tiles: keys of a tile, and how many of them one block places. order_merge: sorted runs that one launch merges into one.
  * Powers of two. */
 #define ORDER_TILE 2048
@@ -107,8 +107,8 @@
     (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + (GRADIENT_HOPPER_STAGES / 2 + 1) * TILE * TILE * 2 + 17 * 8)
 /* The same for exact f32: 6 stages of 32 rows and 128 columns in two parts (16 KB), two tiles of M in two parts; 20 barriers, and
  * a flag. */
-#define GRADIENT_SPLIT_STAGES 6
-#define GRADIENT_SPLIT_SHARED_BYTES (GRADIENT_SPLIT_STAGES * 32 * 128 * 2 * 2 + 2 * 2 * TILE * TILE * 2 + 21 * 8)
+#define GRADIENT_HOPPER_EXACT_STAGES 6
+#define GRADIENT_HOPPER_EXACT_SHARED_BYTES (GRADIENT_HOPPER_EXACT_STAGES * 32 * 128 * 2 * 2 + 2 * 2 * TILE * TILE * 2 + 21 * 8)
 /* The gradient by lists: columns of dE that a block has as f32. */
 #define LISTS_COLUMNS 256
 /* Retrieval: the least room of a list beyond the keys that shortening leaves: a tile's keys, or those of a round of the merge. */
@@ -120,8 +120,9 @@
 #define RETRIEVAL_MERGE_EXTRA_BYTES 16
 /* Retrieval on Hopper: the query tile, the stages, and the barriers of two teams; for exact f32 of one team. */
 #define RETRIEVAL_HOPPER_SHARED_BYTES ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 10 * 8)
-#define RETRIEVAL_SPLIT_SHARED_BYTES \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 1) * 8)
+#define RETRIEVAL_HOPPER_EXACT_SHARED_BYTES                                  \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_EXACT_STAGES) * TILE * STAGE_BYTES + \
+     (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_EXACT_STAGES) + 1) * 8)
 /* No row. */
 #define NO_ROW 0xffffffffu
 
@@ -166,7 +167,7 @@ typedef struct Counters {
     uint32_t valid_references;
     uint32_t bad_anchor;         /* smallest original index of a row that is not of unit length, or NO_ROW */
     uint32_t bad_reference;
-    uint64_t reserved;           /* units of the pool that tiles asked for; if more than it has, some tiles are recomputed */
+    uint64_t pool_units;         /* units of the pool that tiles asked for; if more than it has, some tiles are recomputed */
     uint32_t largest_weight;     /* the most that one row adds to the weight of a pair, over all rows: bits of an f32 */
     uint32_t unused;
 } Counters;
@@ -270,7 +271,6 @@ typedef struct IdentityParams {
     const uint32_t *order;       /* [count], of the anchors */
     const uint32_t *positions;   /* [references], of the references, by original index */
     const uint32_t *list;        /* [count], original order, NO_ROW for an anchor without one; or null: first + i */
-    const uint64_t *first_at;    /* [1], in place of `first`; or null */
     uint64_t first;
     uint32_t *identity;          /* [count] */
     uint32_t count;

@@ -40,7 +40,7 @@ fn the_table_of_cases_agrees_in_parts() {
         return;
     }
     let open = |part: usize| {
-        let budget = if part == 0 { 0 } else { Options::default().budget };
+        let budget = (part == 0).then_some(0);
         cuda::open(0, Options { budget, ..Options::default() }).expect("opened above")
     };
     parts::run_all(open, cases::generated());
@@ -51,13 +51,17 @@ fn the_table_of_cases_agrees_in_parts() {
 
 #[test]
 fn golden_cases_agree_when_nothing_is_stored() {
-    let Some(mut backend) = gpu(cuda::open(0, Options { budget: 0, ..Options::default() })) else { return };
+    let Some(mut backend) = gpu(cuda::open(0, Options { budget: Some(0), ..Options::default() })) else {
+        return;
+    };
     cases::run_all(&mut *backend, cases::golden());
 }
 
 #[test]
 fn every_type_and_form_agrees_when_nothing_is_stored() {
-    let Some(mut backend) = gpu(cuda::open(0, Options { budget: 0, ..Options::default() })) else { return };
+    let Some(mut backend) = gpu(cuda::open(0, Options { budget: Some(0), ..Options::default() })) else {
+        return;
+    };
     cases::run_all(&mut *backend, cases::generated());
 }
 
@@ -70,7 +74,7 @@ fn golden_cases_agree_on_a_stream_of_the_caller() {
 
 #[test]
 fn tf32_products_are_those_of_the_rounded_rows() {
-    for budget in [Options::default().budget, 0] {
+    for budget in [None, Some(0)] {
         let Some(mut backend) = gpu(cuda::open(0, Options { tf32: true, budget })) else { return };
         cases::run_all_tf32(&mut *backend, cases::golden());
         cases::run_all_tf32(&mut *backend, cases::generated_to_round());

@@ -190,8 +190,7 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     };
     let (anchors, references) = (side(90, address), Some(side(200, 0)));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
-    let part =
-        ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200, normalize: false };
+    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, normalize: false };
     let square = ResidentBatch { anchors: side(200, address), references: None, ..batch };
     let whole = ResidentPart { batch: square, ..part };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: address };

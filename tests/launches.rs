@@ -26,7 +26,7 @@ type Emulated = DeviceBackend<EmulatedDevice>;
 
 fn backend(budget: usize) -> Emulated {
     let device = EmulatedDevice::new(7).with_multiprocessors(16);
-    DeviceBackend::new(device, Options { budget, ..Options::default() })
+    DeviceBackend::new(device, Options { budget: Some(budget), ..Options::default() })
 }
 
 /// The kernels that `call` launches, and the number of its memory fills.
@@ -67,7 +67,7 @@ fn a_square_loss() {
 fn rows_that_are_rounded_are_f16_once_they_are_prepared() {
     let (e, labels) = rows(200);
     let of_device = |device: EmulatedDevice| {
-        let options = Options { budget: EVERYTHING, tf32: true };
+        let options = Options { budget: Some(EVERYTHING), tf32: true };
         launched(&mut DeviceBackend::new(device.with_multiprocessors(16), options), |backend| {
             let batch = Batch::square(e.view(), &labels);
             backend.normalized_loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();

@@ -1,5 +1,6 @@
 //! Rows given by device address give the bits of rows given from the host. The device is the emulated one,
 //! whose memory is the host's.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::{
@@ -301,14 +302,12 @@ struct FoundInParts {
     scalars: [LossScalars; 2],
 }
 
-/// Enqueues the loss of 140 rows in two parts. Thresholds are in device memory, and differ from those in the settings; so is
-/// `first` of the second part.
+/// Enqueues the loss of 140 rows in two parts. Thresholds are in device memory, and differ from those in the settings.
 fn enqueue_parts((e, labels): (&Array2<f32>, &[i64]), lambda: [f64; 2], normalize: bool) -> FoundInParts {
-    let (first, list) = (50u64, (0..50).collect::<Vec<u32>>());
+    let list: Vec<u32> = (0..50).collect();
     let given = ResidentSettings { settings: LossSettings::default(), lambda: lambda.as_ptr() as u64 };
     let mut gradients = [Array2::zeros((50, 2)), Array2::zeros((90, 2))];
-    let identities =
-        [ResidentIdentity::List(list.as_ptr() as u64), ResidentIdentity::FromAt(&raw const first as u64)];
+    let identities = [ResidentIdentity::List(list.as_ptr() as u64), ResidentIdentity::From(50)];
     let ranges = [0..50, 50..140];
     let part = |p: usize, gradient: &mut Array2<f32>| {
         let part = part_of((e, labels), ranges[p].clone(), gradient, identities[p]);

@@ -28,7 +28,7 @@ fn batch() -> (Array2<f64>, Vec<i64>) {
 
 /// L at rows that may have left the unit sphere, with the sets held fixed.
 fn loss(rows: &Array2<f64>, labels: &[i64], selection: &Selection, settings: &LossSettings) -> f64 {
-    weigh(&Similarities::new((rows, labels), None), selection, settings).loss
+    weigh(&Similarities::new((rows, labels), None), selection, settings, ROWS).loss
 }
 
 fn gradient(
@@ -37,7 +37,7 @@ fn gradient(
     selection: &Selection,
     settings: &LossSettings,
 ) -> Array2<f64> {
-    let g = weigh(&Similarities::new((rows, labels), None), selection, settings).weights;
+    let g = weigh(&Similarities::new((rows, labels), None), selection, settings, ROWS).weights;
     (&g + &g.t()).dot(rows)
 }
 
@@ -87,10 +87,10 @@ fn derivatives_by_lambda_agree_with_central_differences() {
     for settings in all_settings() {
         let similarities = Similarities::new((&rows, &labels), None);
         let selection = Selection::new(&similarities, &settings);
-        let weighted = weigh(&similarities, &selection, &settings);
+        let weighted = weigh(&similarities, &selection, &settings, ROWS);
         let mut tilt = tangent.dot(&rows.t());
         tilt += &rows.dot(&tangent.t());
-        let sums = threshold_gradient(&similarities, &selection, &settings, &tilt);
+        let sums = threshold_gradient(&similarities, &selection, &settings, &tilt, ROWS);
 
         let step = 1e-5;
         let pos = |by: f64| LossSettings { lambda_pos: settings.lambda_pos + by, ..settings };

@@ -9,23 +9,20 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ddtas::Result;
+use ddtas::backend::Backend;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, ResidentRows};
-use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{
-    Batch, Embeddings, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
-};
+use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings};
 use ddtas_bench::spot_check::{Figures, Way, compare};
-use ddtas_bench::{Embeddings as Drawn, ThroughputSettings, measure_on, read, with_batch};
-use ndarray::ArrayView2;
+use ddtas_bench::{Embeddings as Drawn, ThroughputSettings, Timed, measure_on, read, with_batch};
 
 #[derive(Parser)]
 struct Arguments {
     #[command(flatten)]
     settings: ThroughputSettings,
-    /// Bytes for candidates; the rest is recomputed.
-    #[arg(long, default_value_t = Options::default().budget)]
-    budget: usize,
+    /// Bytes for candidates; the rest is recomputed. Left out: a quarter of the GPU's free memory.
+    #[arg(long)]
+    budget: Option<usize>,
     /// Before timing, hold so many anchors to float64, and the answers of budget 0 and of the kernels that are
     /// not Hopper's to this one.
     #[arg(long, value_name = "ANCHORS")]
@@ -64,7 +61,7 @@ fn main() -> ExitCode {
 fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
     let options = Options { budget: arguments.budget, tf32: arguments.settings.device.tf32 };
-    let opened = || Ok(Box::new(Resident::new(options)?) as Box<dyn Backend>);
+    let opened = || Ok(Resident::new(options)?);
     let embeddings = read(file)?;
     let compared =
         arguments.compare.map(|anchors| hold(arguments, &embeddings, options, anchors)).transpose()?;
@@ -83,7 +80,7 @@ fn hold(
     let open = |way| {
         let device = CudaDevice::new(0)?;
         let device = if way == Way::EveryGpu { device.without_warpgroup_products() } else { device };
-        let budget = if way == Way::NothingStored { 0 } else { options.budget };
+        let budget = if way == Way::NothingStored { Some(0) } else { options.budget };
         Ok(CudaBackend::new(device, Options { budget, ..options }))
     };
     let (settings, tf32) = (&embeddings.settings, arguments.settings.device.tf32);
@@ -136,7 +133,7 @@ impl Resident {
     }
 }
 
-impl Backend for Resident {
+impl Timed for Resident {
     fn name(&self) -> String {
         self.backend.name()
     }
@@ -150,66 +147,6 @@ impl Backend for Resident {
         let mut scalars = LossOutput::default();
         // SAFETY: the three buffers of `keep` are complete, of these lengths, and live in `self`.
         unsafe { self.backend.loss_resident(kept, settings, &mut scalars) }
-    }
-
-    fn normalized_loss(
-        &mut self,
-        batch: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.backend.normalized_loss(batch, settings, output)
-    }
-
-    fn same_class(
-        &mut self,
-        part: &Batch<'_>,
-        settings: &LossSettings,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.backend.same_class(part, settings, output)
-    }
-
-    fn sweep(
-        &mut self,
-        part: &Batch<'_>,
-        min_pos: RowNumbers<'_, f32>,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.backend.sweep(part, min_pos, output)
-    }
-
-    fn select(
-        &mut self,
-        part: &Batch<'_>,
-        max_neg: RowNumbers<'_, f32>,
-        totals: PairTotals,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.backend.select(part, max_neg, totals, output)
-    }
-
-    fn gradient(
-        &mut self,
-        part: &Batch<'_>,
-        count_pos: RowNumbers<'_, u32>,
-        count_neg: RowNumbers<'_, u32>,
-        output: &mut LossOutput,
-    ) -> Result<()> {
-        self.backend.gradient(part, count_pos, count_neg, output)
-    }
-
-    fn threshold_gradient(
-        &mut self,
-        batch: &Batch<'_>,
-        tangent: ArrayView2<'_, f32>,
-        reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<ThresholdGradient> {
-        self.backend.threshold_gradient(batch, tangent, reference_tangent)
-    }
-
-    fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
-        self.backend.nearest(queries, references, k)
     }
 
     fn workspace_bytes(&self) -> usize {

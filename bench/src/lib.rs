@@ -34,7 +34,7 @@ pub use ddtas_io::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
 pub use file::read;
-pub use measure::{Row, measure, measure_on, with_batch};
+pub use measure::{Row, Timed, measure, measure_on, with_batch};
 pub use plot::plot;
 pub use settings::ThroughputSettings;
 

@@ -14,7 +14,7 @@ use super::embeddings::{Embeddings, mined_share};
 use super::products::Products;
 use super::settings::ThroughputSettings;
 use ddtas::backend::{Backend, DeviceSpec};
-use ddtas::loss::{Batch, ElementType, LossOutput, OwnedEmbeddings, Rows};
+use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings, OwnedEmbeddings, Rows};
 use ddtas_io::Result;
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
@@ -67,6 +67,45 @@ pub struct Row {
     pub peak_extra_bytes: Option<usize>,
 }
 
+/// What is timed: a backend, or a loss on rows that are kept elsewhere.
+pub trait Timed {
+    /// As [`Backend::name`].
+    fn name(&self) -> String;
+
+    /// As [`Backend::loss`].
+    ///
+    /// # Errors
+    /// As [`Backend::loss`].
+    fn loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> ddtas::Result<()>;
+
+    /// As [`Backend::workspace_bytes`].
+    fn workspace_bytes(&self) -> usize;
+}
+
+impl Timed for Box<dyn Backend> {
+    fn name(&self) -> String {
+        self.as_ref().name()
+    }
+
+    fn loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> ddtas::Result<()> {
+        self.as_mut().loss(batch, settings, output)
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        self.as_ref().workspace_bytes()
+    }
+}
+
 /// The rows, or those that they were rounded to.
 fn view<'a>(rows: &'a EmbeddedRows, rounded: &'a Option<OwnedEmbeddings>) -> Rows<'a> {
     let embeddings = rounded.as_ref().map_or_else(|| rows.values.view().into(), OwnedEmbeddings::view);
@@ -85,8 +124,8 @@ pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result
 ///
 /// # Errors
 /// As [`measure`], and those of `opened`.
-pub fn measure_on(
-    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+pub fn measure_on<T: Timed>(
+    opened: impl FnOnce() -> Result<T>,
     embeddings: &Embeddings,
     settings: &ThroughputSettings,
 ) -> Result<Row> {
@@ -116,8 +155,8 @@ pub fn with_batch<T>(
     work(&batch)
 }
 
-fn measure_batch(
-    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+fn measure_batch<T: Timed>(
+    opened: impl FnOnce() -> Result<T>,
     embeddings: &Embeddings,
     batch: &Batch<'_>,
     settings: &ThroughputSettings,
@@ -134,7 +173,7 @@ fn measure_batch(
     let times = time(settings.seconds, loss)?;
     // 0 bytes in use: the program's allocator does not count.
     let counted = (before > 0).then(|| PeakAlloc.peak_usage().saturating_sub(before));
-    let on_device = if is_gpu(&*backend) { backend.workspace_bytes() } else { 0 };
+    let on_device = if is_gpu(&backend.name()) { backend.workspace_bytes() } else { 0 };
     let name = backend.name();
     drop(backend);
 
@@ -165,8 +204,8 @@ fn measure_batch(
 }
 
 /// Whether the workspace is in memory that the host's allocator does not see.
-fn is_gpu(backend: &dyn Backend) -> bool {
-    backend.name().starts_with("cuda")
+fn is_gpu(backend: &str) -> bool {
+    backend.starts_with("cuda")
 }
 
 /// Milliseconds a call.

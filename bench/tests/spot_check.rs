@@ -25,7 +25,7 @@ fn open(way: Way, seed: u64, tf32: bool) -> ddtas::Result<DeviceBackend<Emulated
     let device = EmulatedDevice::new(seed);
     let device = if way == Way::EveryGpu { device } else { device.as_hopper() };
     let budget = if way == Way::NothingStored { 0 } else { 1 << 30 };
-    Ok(DeviceBackend::new(device, Options { budget, tf32 }))
+    Ok(DeviceBackend::new(device, Options { budget: Some(budget), tf32 }))
 }
 
 fn held(batch: &Batch<'_>, tf32: bool) -> Figures {

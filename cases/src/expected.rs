@@ -5,9 +5,8 @@ use ddtas::loss::{
     Batch, ElementType, LossOutput, LossSettings, Reference, ThresholdGradient, reference,
     reference_threshold_gradient, reference_threshold_gradient_terms,
 };
+use half::{bf16, f16};
 use ndarray::Array2;
-
-use crate::rows::round;
 
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
@@ -311,4 +310,13 @@ fn matrix_error(wanted: &Array2<f64>, got: &Array2<f32>) -> f64 {
         return f64::INFINITY;
     }
     relative(worst(wanted.iter().zip(got).map(|(w, g)| difference(*w, f64::from(*g)))), largest(wanted))
+}
+
+/// A value as rows of this type would store it.
+fn round(dtype: ElementType, value: f64) -> f64 {
+    match dtype {
+        ElementType::F32 => f64::from(value as f32),
+        ElementType::F16 => f16::from_f64(value).to_f64(),
+        ElementType::Bf16 => bf16::from_f64(value).to_f64(),
+    }
 }

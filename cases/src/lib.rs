@@ -2,7 +2,6 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `rows.rs` | rounding to every type |
 //! | `case.rs` | a batch with its expected results |
 //! | `expected.rs` | the truth's results, a backend's errors against them, and bounds for these |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
@@ -18,7 +17,6 @@ mod expected;
 mod file;
 pub mod parts;
 pub mod random;
-mod rows;
 mod run;
 mod table;
 

@@ -4,8 +4,8 @@
 use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::loss::{
-    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, PartReference, RowNumbers,
-    Rows, ThresholdGradient,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, Rows,
+    ThresholdGradient, reference,
 };
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use rand::{RngExt, SeedableRng};
@@ -274,58 +274,21 @@ pub fn with_memory() -> (Array2<f32>, Vec<i64>) {
     (all, [&labels[..], &memory_labels, &labels[..10]].concat())
 }
 
-/// Loss, gradient and |P|, |N| of a batch in float64, computed in parts.
-pub fn truth_in_parts(
-    all: &Rows<'_>,
-    lengths: &[usize],
-    settings: &LossSettings,
-) -> (f64, Array2<f64>, Vec<[u32; 2]>) {
-    let total = lengths.iter().sum();
-    let mut first = 0;
-    let parts: Vec<PartReference> = lengths
-        .iter()
-        .map(|length| {
-            let own = slice(all, first, first + length);
-            let part = Batch::part(own, all.view(), Identity::From(first), total);
-            first += length;
-            PartReference::new(&part, settings).unwrap()
-        })
-        .collect();
-    let same_class: Vec<_> = parts.iter().map(PartReference::same_class).collect();
-    let min_pos: Vec<f64> = same_class.iter().flat_map(|(min_pos, _)| min_pos.clone()).collect();
-    let swept: Vec<_> = parts.iter().zip(&same_class).map(|(part, (own, _))| part.sweep(own)).collect();
-    let max_neg: Vec<f64> = swept.iter().flat_map(|(max_neg, _)| max_neg.clone()).collect();
-    let totals = PairTotals {
-        probe_neg: swept.iter().map(|(_, probe)| probe).sum(),
-        total_pos: same_class.iter().map(|(_, positives)| positives).sum(),
-    };
-    let own = same_class.iter().zip(&swept);
-    let selected: Vec<_> =
-        parts.iter().zip(own).map(|(part, (low, high))| part.select(&low.0, &high.0, totals)).collect();
-    let sizes: Vec<[u32; 2]> = selected.iter().flat_map(|selection| selection.sizes()).collect();
-    let (mut loss, mut gradients) = (0.0, Vec::new());
-    for (part, selection) in parts.iter().zip(&selected) {
-        let of_own = selection.sizes();
-        let numbers = RowNumbers::new(&of_own[..], &sizes[..]);
-        let (weighted, gradient) = part.gradient(selection, (&min_pos, &max_neg), numbers);
-        loss += weighted.loss;
-        gradients.push(gradient);
-    }
-    let views: Vec<_> = gradients.iter().map(|gradient| gradient.view()).collect();
-    (loss, concatenate(Axis(0), &views).unwrap(), sizes)
-}
-
 /// Checks a backend against the reference implementation where a memory follows the batch.
 pub fn check_memory(mut open: impl FnMut(usize) -> Box<dyn Backend>) {
     let (embeddings, labels) = with_memory();
     let all = Rows::new(embeddings.view(), &labels);
     let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
-    let (loss, gradient, sizes) = truth_in_parts(&all, &[30, 0, 60], &settings);
+    let batch = Batch::rectangular(slice(&all, 0, 90), all.view()).with_identity(Identity::From(0));
+    let truth = reference(&batch.with_reference_gradient(), &settings).unwrap();
+    // An anchor's row of (G + G^T) E: its gradient as an anchor, and as a reference.
+    let gradient = &truth.gradient + &truth.reference_gradient.unwrap().slice(s![..90, ..]);
+    let loss = truth.weighted.loss;
     let tangent = random::tangent(90, 20, 4);
     let mut backends: Vec<_> = (0..2).map(&mut open).collect();
     let parts = loss_in_parts(&mut backends, &all, &[50, 40], &settings, tangent.view()).unwrap().output;
     let counts: Vec<[u32; 2]> = parts.count_pos.iter().zip(&parts.count_neg).map(|(p, n)| [*p, *n]).collect();
-    assert_eq!(counts, sizes);
+    assert_eq!(counts, truth.selection.sizes());
     assert!((parts.loss - loss).abs() <= 1e-6 * loss, "{} {loss}", parts.loss);
     let largest = gradient.iter().fold(0.0f64, |most, x| most.max(x.abs()));
     let mut off = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());

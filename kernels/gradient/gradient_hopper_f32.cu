@@ -25,13 +25,13 @@ static_assert(kLineBytes <= kStageBytes && 2 * kPartColumns * STAGE_BYTES <= kSt
 static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its similarities");
 
 struct RolesF32 {
-    static constexpr uint32_t stages = GRADIENT_SPLIT_STAGES, matrices = 2, parts = TILE / kPartColumns, k_block_fills = 3;
+    static constexpr uint32_t stages = GRADIENT_HOPPER_EXACT_STAGES, matrices = 2, parts = TILE / kPartColumns, k_block_fills = 3;
 };
 using Work = RolesWork<RolesF32>;
 template <bool words>
 using Walk = RolesWalk<RolesF32, words>;
 
-struct GradientSplitShared {
+struct GradientHopperExactShared {
     unsigned char stages[RolesF32::stages][kStageBytes];  // [columns / 64, high and low, kDepth, STAGE_BYTES]
     unsigned char matrices[RolesF32::matrices][2][kMatrixPart];
     Barrier full[RolesF32::stages], empty[RolesF32::stages];
@@ -39,14 +39,14 @@ struct GradientSplitShared {
     Barrier values_ready[RolesF32::parts];  // the similarities of a part of a recomputed tile are in their stage
     uint32_t last, unused;            // whether this block is the last of its splits
 };
-static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "in the place of the stages");
+static_assert(sizeof(GradientHopperExactShared) == GRADIENT_HOPPER_EXACT_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(kHopperListsBytes <= sizeof(GradientHopperExactShared), "in the place of the stages");
 
 // The weight of a pair has a share of two rows, so it is at most twice the largest share.
 DEVICE TileScale weight_scale(const Pairs &pairs) { return TileScale(pairs.counters->largest_weight + (1u << 23)); }
 
 // The copying warp: for every tile the operands of S if it is recomputed, then R; zeros for the next tile's M.
-DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
+DEVICE void copy_rows(const GradientParams &p, GradientHopperExactShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
     auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own_side(p), walk.x, pairs.stride));
     uint32_t fill = 0;
@@ -104,12 +104,12 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
 // Arguments of the building warps.
 struct Building {
     const GradientParams &p;
-    GradientSplitShared &shared;
+    GradientHopperExactShared &shared;
     uint32_t thread;  // among the building threads
     float scale;
     Argument positive, negative;
 
-    DEVICE Building(const GradientParams &params, GradientSplitShared &memory)
+    DEVICE Building(const GradientParams &params, GradientHopperExactShared &memory)
         : p(params), shared(memory), thread(thread_index() - kMmaWarps * 32), scale(weight_scale(params.pairs).up),
           positive(argument_of(params.pairs.settings, true)), negative(argument_of(params.pairs.settings, false)) {}
 
@@ -131,7 +131,7 @@ struct Building {
     }
 };
 
-DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<true> walk) {
+DEVICE void build_matrices(const GradientParams &p, GradientHopperExactShared &shared, Walk<true> walk) {
     constexpr uint32_t kAhead = 4;  // granules that a thread loads ahead
     Building my(p, shared);
     const Pairs &pairs = p.pairs;
@@ -183,7 +183,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
 
 // Recomputes a part of a tile of S and writes the similarities to the stage after its operands. They have the bits of the sweep:
 // either order of the operands gives the same.
-DEVICE void recompute_values(GradientSplitShared &shared, Barrier *values_ready, uint32_t fill, uint32_t k_blocks, uint32_t group) {
+DEVICE void recompute_values(GradientHopperExactShared &shared, Barrier *values_ready, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kPartColumns / 8][4];
     clear(acc);
 #pragma unroll 1
@@ -211,7 +211,7 @@ DEVICE void multiply_parts(WgmmaAccumulators &sums, Descriptor m, Descriptor row
 // A tile's product with 128 columns, whose stages begin at `fill`; `m` is the group's 64 rows of M's tile, or 64 columns if
 // `transposed`.
 template <bool transposed>
-DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators &sums, Descriptor m, uint32_t fill) {
+DEVICE void multiply_tile_columns(GradientHopperExactShared &shared, WgmmaAccumulators &sums, Descriptor m, uint32_t fill) {
 #pragma unroll
     for (uint32_t k = 0; k < TILE; k += kDepth, ++fill) {
         mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
@@ -241,7 +241,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators
 }
 
 // The two MMA warpgroups: 64 rows each.
-DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
+DEVICE void multiply_matrices(const GradientParams &p, GradientHopperExactShared &shared, Walk<false> walk, ColumnBlock columns) {
     constexpr int kHalves = GRADIENT_COLUMNS / kColumns;
     uint32_t group = shuffle(warp_index(), 0) / 4;  // by a shuffle, so that the compiler knows it to be uniform
     float down = weight_scale(p.pairs).down / kRowScale;
@@ -289,7 +289,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
 struct GradientHopperF32 {
     using Precision = ExactF32;
     using Roles = RolesF32;
-    using Shared = GradientSplitShared;
+    using Shared = GradientHopperExactShared;
     static constexpr int producer_registers = 72, mma_registers = 216;
     static DEVICE uint32_t fills(uint32_t columns) { return (columns + kColumns - 1) / kColumns * (TILE / kDepth); }
     static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {

@@ -18,7 +18,7 @@ struct RetrievalHopperShared {
     Barrier order[kTeams<Precision>];
 };
 static_assert(sizeof(RetrievalHopperShared<F16Rows>) == RETRIEVAL_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(sizeof(RetrievalHopperShared<ExactF32>) == RETRIEVAL_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(RetrievalHopperShared<ExactF32>) == RETRIEVAL_HOPPER_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
 // The block's tiles in order; every role has its own walk.
 struct RetrievalWalk {
@@ -69,6 +69,6 @@ DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
 }
 #endif
 
-ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(retrieval_hopper_body<ExactF32>(p)); }
+ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_HOPPER_EXACT_THREADS) { HOPPER_ONLY(retrieval_hopper_body<ExactF32>(p)); }
 ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<F16Rows>(p)); }
 ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<Bf16Rows>(p)); }

@@ -1,5 +1,5 @@
 // exchange.cu: numbers that go in and out between the steps of a part of a batch, and identity by index.
-// Truth: src/loss/steps.rs. Launcher: src/backend/device/steps.rs.
+// Truth: src/loss/reference.rs, of the whole batch. Launcher: src/backend/device/steps.rs.
 //
 // invert_order, identity: the position of each anchor's own reference. A thread for each row.
 // take_numbers: m+, m- or the sizes of the mined sets, as the caller gathered them. A thread for each row of either side.
@@ -16,8 +16,7 @@ KERNEL(identity, IdentityParams, 1) {
     uint32_t i = block_x() * THREADS + thread_index();
     if (i >= p.count) return;
     uint32_t original = p.order[i];
-    uint64_t reference = (p.first_at != nullptr ? *p.first_at : p.first) + original;
-    if (p.list != nullptr) reference = p.list[original];
+    uint64_t reference = p.list != nullptr ? p.list[original] : p.first + original;
     p.identity[i] = reference < p.references ? p.positions[reference] : NO_ROW;
 }
 

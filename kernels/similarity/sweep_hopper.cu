@@ -13,7 +13,7 @@
 #ifdef HAS_WGMMA
 
 static_assert((kTeams<F16Rows> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
-static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
+static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_EXACT_THREADS, "the launch plan's threads");
 
 // Bounds of two columns: negatives above `candidate` are candidates, those above `max_neg` raise m-.
 struct alignas(16) TwoColumns {
@@ -42,7 +42,7 @@ struct SweepHopperShared {
     Barrier order[teams];  // the other team has issued its products
 };
 static_assert(sizeof(SweepHopperShared<F16Rows>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_HOPPER_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
 // The block's tiles of S in order; every role has its own walk. All blocks go through S together, a run each at a time, so that
 // the rows they read stay in L2.
@@ -407,6 +407,6 @@ DEVICE void sweep_hopper_body(const PairsParams &p) {
 }
 #endif
 
-ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(sweep_hopper_body<ExactF32>(p)); }
+ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_HOPPER_EXACT_THREADS) { HOPPER_ONLY(sweep_hopper_body<ExactF32>(p)); }
 ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<F16Rows>(p)); }
 ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<Bf16Rows>(p)); }

@@ -23,7 +23,7 @@ constexpr uint32_t kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
 template <class Precision>
 constexpr uint32_t kTeams = Precision::exact ? 1 : 2;
 template <class Precision>
-constexpr uint32_t kTeamStages = Precision::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
+constexpr uint32_t kTeamStages = Precision::exact ? SWEEP_HOPPER_EXACT_STAGES : SWEEP_HOPPER_STAGES;
 // For split rows that do not fit, all of `rows` and `columns` are stages.
 template <class Precision>
 constexpr uint32_t kTeamBarriers = kTeamStages<Precision> + (Precision::exact ? SWEEP_HOPPER_RESIDENT : 0);
@@ -43,7 +43,7 @@ struct SplitStages {
     uint32_t count, fill = 0, stage = 0, parity = 0;
 
     explicit DEVICE SplitStages(bool rows_stay)
-        : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
+        : resident(rows_stay), count(SWEEP_HOPPER_EXACT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
     // Stages of a k block: the columns' low parts, their high parts, the rows' low parts; before these the rows' high parts, if
     // they are not resident.
     DEVICE uint32_t parts() const { return resident ? 3 : 4; }

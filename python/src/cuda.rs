@@ -35,7 +35,6 @@ impl CudaContext {
     #[new]
     #[pyo3(signature = (budget = None, allow_tf32 = false))]
     fn new(budget: Option<usize>, allow_tf32: bool) -> Self {
-        let budget = budget.unwrap_or(Options::default().budget);
         Self(Workspaces::new(Options { budget, tf32: allow_tf32 }))
     }
 

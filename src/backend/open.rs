@@ -109,7 +109,7 @@ pub fn open_with(spec: &DeviceSpec, options: &OpenOptions) -> Result<Box<dyn Bac
 #[cfg(feature = "kernels")]
 impl From<&OpenOptions> for super::device::Options {
     fn from(&OpenOptions { tf32, budget }: &OpenOptions) -> Self {
-        Self { tf32, budget: budget.unwrap_or(Self::SHARE_OF_FREE) }
+        Self { tf32, budget }
     }
 }
 

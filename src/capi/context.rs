@@ -28,7 +28,7 @@ struct ContextSettings {
     /// The device that was opened, never `auto`.
     spec: DeviceSpec,
     threads: usize,
-    budget: usize,
+    budget: Option<usize>,
     tf32: bool,
 }
 
@@ -104,7 +104,7 @@ impl Context {
         let settings = ContextSettings {
             spec,
             threads: given.threads,
-            budget: given.workspace_bytes,
+            budget: (given.workspace_bytes != 0).then_some(given.workspace_bytes),
             tf32: given.allow_tf32 != 0,
         };
         let stream = (mode == StreamMode::Given).then_some(given.stream);

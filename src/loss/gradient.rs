@@ -20,25 +20,15 @@ pub struct Weighted {
     pub dloss_dlambda_neg: f64,
 }
 
-/// Evaluates SPEC 4 on the mined pairs of a batch.
+/// Evaluates SPEC 4 on the mined pairs of a batch, or of a part of one; `total` is B of the factor 1/B. Mining
+/// is constant under differentiation.
 ///
 /// # Panics
 /// If `selection` is of a larger batch than `similarities`.
 #[must_use]
-pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &LossSettings) -> Weighted {
-    weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
-}
-
-/// Evaluates SPEC 4 on the mined pairs of a part of a batch of `total` anchors. `sizes` are |P_i| and |N_i|
-/// of each anchor in the whole batch. Mining is constant under differentiation.
-///
-/// # Panics
-/// If `sizes` has more entries than anchors, or `selection` is of a larger batch than `similarities`.
-#[must_use]
-pub fn weigh_part(
+pub fn weigh(
     similarities: &Similarities,
     selection: &Selection,
-    sizes: &[[u32; 2]],
     settings: &LossSettings,
     total: usize,
 ) -> Weighted {
@@ -51,7 +41,7 @@ pub fn weigh_part(
         dloss_dlambda_pos: 0.0,
         dloss_dlambda_neg: 0.0,
     };
-    for (i, size) in sizes.iter().enumerate().filter(|(_, size)| !size.contains(&0)) {
+    for (i, size) in selection.sizes().iter().enumerate().filter(|(_, size)| !size.contains(&0)) {
         let [of_positives, of_negatives] = size.map(|size| 2.0 / (batch * f64::from(size)));
         for &j in &selection.positives[i] {
             let x = -beta * (s[[i, j]] - lambda_pos);

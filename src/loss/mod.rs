@@ -25,7 +25,6 @@ mod scalars;
 pub mod select;
 mod settings;
 pub mod similarity;
-mod steps;
 mod tangent;
 pub mod threshold;
 
@@ -41,5 +40,4 @@ pub use reference::{Reference, reference, reference_threshold_gradient, referenc
 pub use scalars::LossScalars;
 pub use select::PairTotals;
 pub use settings::{LossSettings, Mining};
-pub use steps::PartReference;
 pub(crate) use tangent::{BatchSize, TangentOf};

@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::batch::check_unit;
-use super::gradient::{Weighted, gradients, weigh_part};
+use super::gradient::{Weighted, gradients, weigh};
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{
@@ -67,9 +67,9 @@ pub(super) fn evaluate(
     reference_gradient: bool,
     settings: &LossSettings,
 ) -> Reference {
-    let similarities = Similarities::of_batch(anchors, references, identity);
+    let similarities = Similarities::new(anchors, references.map(|(rows, labels)| (rows, labels, identity)));
     let selection = Selection::new(&similarities, settings);
-    let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
+    let weighted = weigh(&similarities, &selection, settings, total);
 
     let (gradient, reference_gradient) =
         gradients(&weighted.weights, anchors.0, references.map(|rows| rows.0), reference_gradient);
@@ -158,13 +158,11 @@ pub(super) fn threshold_gradient_along(
         size.check_tangent_size(TangentOf::References, moving.dim())?;
         tilt += &anchors.dot(&moving.t());
     }
-    let sums = threshold::threshold_gradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
-    // `threshold_gradient` divides by the number of anchors; a part of a batch divides by `total`.
-    let share = evaluated.similarities.anchors() as f64 / evaluated.total as f64;
-    Ok(ThresholdGradient { pos: sums.pos * share, neg: sums.neg * share })
+    let Reference { similarities, selection, total, .. } = evaluated;
+    Ok(threshold::threshold_gradient(similarities, selection, settings, &tilt, *total))
 }
 
-pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {
+fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {
     let values = rows.embeddings.to_f64();
     if batch.check == UnitCheck::Check {
         for (row, vector) in values.outer_iter().enumerate() {

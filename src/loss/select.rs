@@ -21,12 +21,12 @@ impl Tolerances {
     const EVERYTHING: Self = Self { pos: f64::INFINITY, neg: f64::INFINITY };
 
     /// Whether an anchor with m- = `max_neg` keeps a positive of similarity `s`.
-    pub(super) fn keep_positive(&self, s: f64, max_neg: f64) -> bool {
+    fn keep_positive(&self, s: f64, max_neg: f64) -> bool {
         s < positive_bound(max_neg, self.pos)
     }
 
     /// Whether an anchor with m+ = `min_pos` keeps a negative of similarity `s`.
-    pub(super) fn keep_negative(&self, s: f64, min_pos: f64) -> bool {
+    fn keep_negative(&self, s: f64, min_pos: f64) -> bool {
         s > negative_bound(min_pos, self.neg)
     }
 }
@@ -77,7 +77,7 @@ pub fn adapt(settings: &LossSettings, PairTotals { probe_neg, total_pos }: PairT
 }
 
 /// n_neg of the probe (SPEC 3): negatives above m+ minus the probe's tolerance.
-pub(super) fn probe(similarities: &Similarities, settings: &LossSettings, min_pos: &[f64]) -> u64 {
+fn probe(similarities: &Similarities, settings: &LossSettings, min_pos: &[f64]) -> u64 {
     let tolerances = Tolerances { neg: probe_tolerance(settings), pos: 0.0 };
     let passes = |i: usize, j: usize| tolerances.keep_negative(similarities.values[[i, j]], min_pos[i]);
     let of = |i: usize| similarities.negatives(i).filter(|&j| passes(i, j)).count() as u64;
@@ -109,19 +109,10 @@ impl Selection {
     pub fn new(similarities: &Similarities, settings: &LossSettings) -> Self {
         let anchors = 0..similarities.anchors();
         let min_pos: Vec<f64> = anchors.clone().map(|i| similarities.min_pos(i)).collect();
-        let max_neg = anchors.clone().map(|i| similarities.max_neg(i)).collect();
-        let total_pos = anchors.map(|i| similarities.positives(i).count() as u64).sum();
-        let totals = PairTotals { probe_neg: probe(similarities, settings, &min_pos), total_pos };
-        Self::keep(similarities, adapt(settings, totals), (min_pos, max_neg), totals)
-    }
-
-    /// The pairs that `tolerances` keep, given m+ and m- of every anchor.
-    pub(super) fn keep(
-        similarities: &Similarities,
-        tolerances: Tolerances,
-        (min_pos, max_neg): (Vec<f64>, Vec<f64>),
-        PairTotals { probe_neg, total_pos }: PairTotals,
-    ) -> Self {
+        let max_neg: Vec<f64> = anchors.clone().map(|i| similarities.max_neg(i)).collect();
+        let total_pos = anchors.clone().map(|i| similarities.positives(i).count() as u64).sum();
+        let probe_neg = probe(similarities, settings, &min_pos);
+        let tolerances = adapt(settings, PairTotals { probe_neg, total_pos });
         let s = &similarities.values;
         let positives = |i: usize| {
             let kept = |&j: &usize| tolerances.keep_positive(s[[i, j]], max_neg[i]);
@@ -131,7 +122,6 @@ impl Selection {
             let kept = |&j: &usize| tolerances.keep_negative(s[[i, j]], min_pos[i]);
             similarities.negatives(i).filter(kept).collect()
         };
-        let anchors = 0..similarities.anchors();
         let (positives, negatives) =
             (anchors.clone().map(positives).collect(), anchors.map(negatives).collect());
         Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }

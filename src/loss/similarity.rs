@@ -23,15 +23,19 @@ pub struct Similarities {
 }
 
 impl Similarities {
-    /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves.
+    /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves. Leaves out each
+    /// anchor's pair with the reference that is the anchor itself, if known.
     ///
     /// # Panics
     /// If dimensions differ, or later if a side has fewer labels than rows: [`reference()`](super::reference())
     /// checks both.
     #[must_use]
-    pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
-        let identity = if references.is_none() { Identity::From(0) } else { Identity::ByValue };
-        let (reference_embeddings, reference_labels) = references.unwrap_or(anchors);
+    pub fn new(
+        anchors: (&Array2<f64>, &[i64]),
+        references: Option<(&Array2<f64>, &[i64], &Identity<'_>)>,
+    ) -> Self {
+        let (reference_embeddings, reference_labels, identity) =
+            references.unwrap_or((anchors.0, anchors.1, &Identity::From(0)));
         let squares = |rows: &Array2<f64>| rows.outer_iter().map(|row| row.dot(&row)).collect();
         Self {
             anchor_squares: squares(anchors.0),
@@ -40,41 +44,6 @@ impl Similarities {
             anchor_labels: anchors.1.to_vec(),
             reference_labels: reference_labels.to_vec(),
             itself: (0..anchors.1.len()).map(|i| identity.of(i)).collect(),
-        }
-    }
-
-    /// As [`new`](Self::new); in the rectangular form without each anchor's pair with itself, by `identity`.
-    pub(super) fn of_batch(
-        anchors: (&Array2<f64>, &[i64]),
-        references: Option<(&Array2<f64>, &[i64])>,
-        identity: &Identity<'_>,
-    ) -> Self {
-        let all = Self::new(anchors, references);
-        if references.is_some() { all.with_identity(identity) } else { all }
-    }
-
-    /// Leaves out each anchor's pair with the reference that is the anchor itself, by `identity`.
-    #[must_use]
-    pub fn with_identity(self, identity: &Identity<'_>) -> Self {
-        let itself = (0..self.anchors()).map(|i| identity.of(i)).collect();
-        Self { itself, ..self }
-    }
-
-    /// The transposed similarities, with the references as anchors.
-    pub(super) fn turned(&self) -> Self {
-        let mut itself = vec![None; self.reference_labels.len()];
-        for (i, reference) in self.itself.iter().enumerate() {
-            if let Some(j) = reference {
-                itself[*j] = Some(i);
-            }
-        }
-        Self {
-            values: self.values.t().to_owned(),
-            anchor_squares: self.reference_squares.clone(),
-            reference_squares: self.anchor_squares.clone(),
-            anchor_labels: self.reference_labels.clone(),
-            reference_labels: self.anchor_labels.clone(),
-            itself,
         }
     }
 

@@ -8,7 +8,7 @@ use super::similarity::Similarities;
 use super::{LossSettings, ThresholdGradient};
 
 /// `sum_ij (dG_ij/dlambda) tilt_ij` with `tilt_ij = edot_i . e_j + e_i . edot_j`, `[B, N]`:
-/// how fast each similarity moves along the tangent.
+/// how fast each similarity moves along the tangent. `total` is B of the factor 1/B.
 ///
 /// # Panics
 /// If `tilt` or `selection` is of a smaller batch than `similarities`.
@@ -18,9 +18,10 @@ pub fn threshold_gradient(
     selection: &Selection,
     settings: &LossSettings,
     tilt: &Array2<f64>,
+    total: usize,
 ) -> ThresholdGradient {
     let s = &similarities.values;
-    let batch = similarities.anchors() as f64;
+    let batch = total as f64;
     let LossSettings { alpha, beta, lambda_pos, lambda_neg, .. } = *settings;
     let mut sums = ThresholdGradient::default();
     for i in (0..similarities.anchors()).filter(|&i| selection.is_active(i)) {

@@ -15,7 +15,7 @@ fn schedules_do_not_change_a_bit() {
         [("odd_sizes_257x130", 1 << 30), ("odd_sizes_257x130", 40_000), ("hard_many_mined", 60_000)]
     {
         let case = golden_case(name);
-        let options = Options { budget, ..Options::default() };
+        let options = Options { budget: Some(budget), ..Options::default() };
         let first = answers(&mut *emulated::open(options, 10), &case);
         for seed in 11..15 {
             let other = answers(&mut *emulated::open(options, seed), &case);
@@ -61,7 +61,7 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
     // Dense enough that the gradient goes by tiles, stored or not; diagonal tiles are recomputed too.
     let case = golden_case("hard_many_mined");
     let full = answers(&mut *emulated::open(Options::default(), 6), &case);
-    let options = Options { budget: 0, ..Options::default() };
+    let options = Options { budget: Some(0), ..Options::default() };
     let none = answers(&mut *emulated::open(options, 7), &case);
     assert!(bits(&full) == bits(&none));
     assert_eq!(full.1, none.1);
@@ -81,7 +81,7 @@ fn run_every_kernel(dtype: ElementType) {
     let sparse = sparse.expect("the case is clear of the thresholds in every type");
     for hopper in [false, true] {
         let answer = |case: &Case, budget: usize| {
-            let options = Options { budget, ..Options::default() };
+            let options = Options { budget: Some(budget), ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), case)
         };
         if dtype == ElementType::F32 {
@@ -121,7 +121,7 @@ fn hopper_s_kernels_sum_in_the_order_of_the_others() {
         ("rectangular_everything_mined", 1 << 30),
     ] {
         let case = narrow_case(name);
-        let options = Options { budget, ..Options::default() };
+        let options = Options { budget: Some(budget), ..Options::default() };
         let mut hopper = DeviceBackend::new(EmulatedDevice::new(16).as_hopper(), options);
         let mut other = DeviceBackend::new(EmulatedDevice::new(17), options);
         assert!(bits(&answers(&mut hopper, &case)) == bits(&answers(&mut other, &case)), "{name}");
@@ -132,7 +132,7 @@ fn hopper_s_kernels_sum_in_the_order_of_the_others() {
 fn hopper_s_stored_and_recomputed_tiles_give_the_same_bits() {
     let case = narrow_case("everything_mined_140x330");
     let answer = |budget, seed| {
-        let options = Options { budget, ..Options::default() };
+        let options = Options { budget: Some(budget), ..Options::default() };
         answers(&mut DeviceBackend::new(EmulatedDevice::new(seed).as_hopper(), options), &case)
     };
     let (stored, none) = (answer(1 << 30, 18), answer(0, 19));

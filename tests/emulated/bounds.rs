@@ -35,7 +35,8 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
             let (rows, labels) = rows_at_the_bounds(COUNT, jitter, unit);
             let batch = Batch::square(rows.view(), &labels);
             let answer = |rows: &Array2<f32>, budget| {
-                let mut backend = DeviceBackend::new(device(seed, hopper), Options { budget, tf32: !exact });
+                let mut backend =
+                    DeviceBackend::new(device(seed, hopper), Options { budget: Some(budget), tf32: !exact });
                 let (mut output, batch) =
                     (LossOutput::default(), Batch::square(rows.view(), &labels).trusted());
                 backend.loss(&batch, &settings, &mut output).unwrap();

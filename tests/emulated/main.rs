@@ -82,7 +82,7 @@ fn bits((output, _, nearest): &(LossOutput, ThresholdGradient, Nearest)) -> Vec<
 fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
     move |part| {
         // The first part stores nothing.
-        let budget = if part == 0 { 0 } else { Options::default().budget };
+        let budget = (part == 0).then_some(0);
         Box::new(DeviceBackend::new(
             device(first_seed + part as u64, hopper),
             Options { budget, tf32: !exact },

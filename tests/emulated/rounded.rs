@@ -16,7 +16,8 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
         let narrow = case.rounded_to(ElementType::F16).expect("rows of unit length");
         for (hopper, budget) in [(false, 1 << 30), (true, 0)] {
             let answer = |case: &Case, exact: bool| {
-                let mut backend = DeviceBackend::new(device(25, hopper), Options { budget, tf32: !exact });
+                let mut backend =
+                    DeviceBackend::new(device(25, hopper), Options { budget: Some(budget), tf32: !exact });
                 let answers = answers(&mut backend, case);
                 (bits(&answers), answers.1, backend.device().launched().to_vec())
             };

@@ -32,7 +32,7 @@ fn agree_on_hopper_stored_or_not(first_seed: u64, cases: impl Iterator<Item = Ca
     for (seed, case) in (first_seed..).zip(cases) {
         let backend = |budget| {
             let device = EmulatedDevice::new(seed).as_hopper();
-            DeviceBackend::new(device, Options { budget, ..Options::default() })
+            DeviceBackend::new(device, Options { budget: Some(budget), ..Options::default() })
         };
         cases::run_all(&mut backend(1 << 30), [&case]);
         let answer = |budget| loss_bits(&loss_of(&mut backend(budget), &case).0);
@@ -74,19 +74,19 @@ fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
 #[test]
 fn identity_by_index_agrees() {
     parts::check_identity(&mut *emulated::open(Options::default(), 80));
-    parts::check_identity(&mut *emulated::open(Options { budget: 0, ..Options::default() }, 81));
+    parts::check_identity(&mut *emulated::open(Options { budget: Some(0), ..Options::default() }, 81));
 }
 
 #[test]
 fn golden_cases_agree_when_nothing_is_stored() {
-    let options = Options { budget: 0, ..Options::default() };
+    let options = Options { budget: Some(0), ..Options::default() };
     cases::run_all(&mut *emulated::open(options, 3), cases::golden());
 }
 
 #[test]
 fn every_type_and_form_agrees_when_few_tiles_fit() {
     // Room for 7,500 candidates: those of the tiles that come first.
-    let options = Options { budget: 60_000, ..Options::default() };
+    let options = Options { budget: Some(60_000), ..Options::default() };
     cases::run_all(&mut *emulated::open(options, 4), cases::generated());
 }
 
@@ -135,7 +135,7 @@ fn weights_far_below_any_bound_keep_their_digits() {
     let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
     let case = Case::new(name, settings, anchors, None).expect("a valid batch");
     for (hopper, budget, seed) in [(false, 1 << 30, 50), (false, 0, 51), (true, 1 << 30, 52), (true, 0, 53)] {
-        let options = Options { budget, ..Options::default() };
+        let options = Options { budget: Some(budget), ..Options::default() };
         cases::run_all(&mut DeviceBackend::new(device(seed, hopper), options), [&case]);
     }
 }
@@ -167,7 +167,8 @@ fn random_batch_agrees(seed: u64) -> bool {
         0 => Batch::square(anchors.view(), &labels),
         _ => Batch::rectangular(own, other).with_reference_gradient(),
     };
-    let mut backend = DeviceBackend::new(device(seed, hopper), Options { budget, ..Options::default() });
+    let mut backend =
+        DeviceBackend::new(device(seed, hopper), Options { budget: Some(budget), ..Options::default() });
     let report = compare(&mut backend, &batch, &settings, seed);
     if let Some(report) = &report {
         let on = format!("against {against}, hopper {hopper}, budget {budget}");

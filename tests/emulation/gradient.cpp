@@ -130,7 +130,7 @@ int check(uint64_t seeds) {
         params.splits = 1 + static_cast<uint32_t>(seed % 2);
         const uint32_t grid[3] = {1, 1, params.splits};
         const char *name = parts == 1 ? "gradient_hopper_bf16" : "gradient_hopper_f32";
-        uint32_t bytes = parts == 1 ? GRADIENT_HOPPER_SHARED_BYTES : GRADIENT_SPLIT_SHARED_BYTES;
+        uint32_t bytes = parts == 1 ? GRADIENT_HOPPER_SHARED_BYTES : GRADIENT_HOPPER_EXACT_SHARED_BYTES;
         if (emulation::launch(name, grid, GRADIENT_HOPPER_THREADS, bytes, &params, sizeof params, seed)) return 2;
         for (size_t i = 0; i < want.size(); ++i) {
             size_t row = i / stride, column = i % stride;

@@ -138,12 +138,12 @@ int check(uint64_t seeds) {
         const uint32_t grid[3] = {2, 1, 1};
         int failed = parts == 1 ? emulation::launch("sweep_hopper_bf16", grid, SWEEP_HOPPER_THREADS, SWEEP_HOPPER_SHARED_BYTES, &params,
                                                     sizeof params, seed)
-                                : emulation::launch("sweep_hopper_f32", grid, SWEEP_SPLIT_THREADS, SWEEP_SPLIT_SHARED_BYTES, &params,
+                                : emulation::launch("sweep_hopper_f32", grid, SWEEP_HOPPER_EXACT_THREADS, SWEEP_HOPPER_EXACT_SHARED_BYTES, &params,
                                                     sizeof params, seed);
         if (failed) return 2;
         bool windows = false;
         uint64_t stored = 0;
-        if (counters.reserved != asked) return differ("units", 0, static_cast<double>(counters.reserved), static_cast<double>(asked), seed);
+        if (counters.pool_units != asked) return differ("units", 0, static_cast<double>(counters.pool_units), static_cast<double>(asked), seed);
         for (uint32_t tile = 0; tile < kAll; ++tile) {
             uint32_t count = want.counts[tile];
             windows |= count > SWEEP_HOPPER_STAGED;

@@ -46,7 +46,7 @@ fn scalar(
 ) -> (Similarities, Selection, f64, Array2<f64>) {
     let similarities = Similarities::new((embeddings, labels), None);
     let selection = Selection::new(&similarities, settings);
-    let weighted = weigh(&similarities, &selection, settings);
+    let weighted = weigh(&similarities, &selection, settings, labels.len());
     let gradient = (&weighted.weights + &weighted.weights.t()).dot(embeddings);
     (similarities, selection, weighted.loss, gradient)
 }
@@ -71,7 +71,7 @@ impl Losses for Truth {
         let settings = self.lambda.applied_to(&self.settings);
         let (similarities, selection, ..) = scalar(embeddings, &self.labels, &settings);
         let tilt = tangent.dot(&embeddings.t()) + embeddings.dot(&tangent.t());
-        Ok(threshold::threshold_gradient(&similarities, &selection, &settings, &tilt))
+        Ok(threshold::threshold_gradient(&similarities, &selection, &settings, &tilt, self.labels.len()))
     }
 }
 

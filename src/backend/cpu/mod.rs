@@ -72,7 +72,6 @@ const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
 pub struct CpuBackend {
-    level: Level,
     /// Most bytes of kept candidates; `None`: [`BUDGET_OF_A_ROW`] per row.
     budget: Option<usize>,
     sides: Sides,
@@ -90,7 +89,7 @@ pub struct CpuBackend {
 impl fmt::Debug for CpuBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CpuBackend")
-            .field("level", &self.level)
+            .field("level", &Level::best())
             .field("budget", &self.budget)
             .field("workspace_bytes", &self.workspace_bytes())
             .field("remembered", &self.remembered)
@@ -128,7 +127,6 @@ impl CpuBackend {
 
     fn of_budget(budget: Option<usize>) -> Self {
         Self {
-            level: Level::best(),
             sides: Sides::default(),
             tiles: Tiles::default(),
             budget,
@@ -149,8 +147,7 @@ impl CpuBackend {
     /// [`Error::Empty`](crate::Error::Empty), [`Error::NotContiguous`](crate::Error::NotContiguous).
     pub fn normalize<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
         has_entries("anchors", (rows.embeddings.rows(), rows.embeddings.dim()))?;
-        let (level, workers) = (self.level, workers_of_rows(rows));
-        workers.stay(|workers| self.unit.set_anchors(rows, level, workers))?;
+        workers_of_rows(rows).stay(|workers| self.unit.set_anchors(rows, workers))?;
         self.unit.anchors(rows)
     }
 
@@ -163,10 +160,9 @@ impl CpuBackend {
         let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
         has_entries("anchors", (count, dim))?;
         same_length("entries of the gradient", count * dim, gradient.len())?;
-        let level = self.level;
         workers_of_rows(rows).stay(|workers| {
-            self.unit.set_anchors(rows, level, workers)?;
-            self.unit.anchors_backward(rows, gradient, level, workers)
+            self.unit.set_anchors(rows, workers)?;
+            self.unit.anchors_backward(rows, gradient, workers)
         })
     }
 
@@ -223,11 +219,11 @@ impl Backend for CpuBackend {
         self.remembered = None;
         settings.validate()?;
         batch.validate()?;
-        let (mut rows, level) = (std::mem::take(&mut self.unit), self.level);
+        let mut rows = std::mem::take(&mut self.unit);
         let done = workers_for(batch).stay(|workers| {
-            rows.set(batch, level, workers)?;
+            rows.set(batch, workers)?;
             self.make_all_steps(&rows.batch(batch)?, settings, workers, output)?;
-            rows.normalize_backward(batch, level, workers, output)
+            rows.normalize_backward(batch, workers, output)
         });
         self.unit = rows;
         done
@@ -301,7 +297,7 @@ impl Backend for CpuBackend {
     }
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
-        retrieval::nearest(self, queries, references, k)
+        retrieval::nearest(queries, references, k)
     }
 
     fn search(
@@ -309,7 +305,7 @@ impl Backend for CpuBackend {
         gallery: &Rows<'_>,
         work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
-        work(&mut Gallery::new(self, gallery)?)
+        work(&mut Gallery::new(gallery)?)
     }
 
     fn workspace_bytes(&self) -> usize {

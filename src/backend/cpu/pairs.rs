@@ -1,7 +1,7 @@
 //! The pairs of a batch: two sides in class order, the columns of each row's class, rows on both sides.
 
 use super::rows::{MAX_BLOCK, NOWHERE, Order, Side, SideBuffers};
-use super::simd::{GROUP, Level};
+use super::simd::GROUP;
 use super::tasks::Workers;
 use crate::Result;
 use crate::loss::{Batch, Identity, UnitCheck};
@@ -17,7 +17,6 @@ pub struct Pairs<'a> {
     pub classes: &'a [(u32, u32)],
     /// Position of the column that is the row itself, by position of the row; empty if unknown.
     pub identity: &'a [u32],
-    pub level: Level,
 }
 
 /// The side that a walk over the pairs sums for.
@@ -122,14 +121,14 @@ impl Sides {
     ///
     /// # Errors
     /// `NotContiguous`.
-    pub fn pairs<'a>(&'a self, batch: &'a Batch<'_>, level: Level) -> Result<Pairs<'a>> {
+    pub fn pairs<'a>(&'a self, batch: &'a Batch<'_>) -> Result<Pairs<'a>> {
         let rows = self.rows.prepared("anchors", &batch.anchors)?;
         let columns = match &batch.references {
             None => rows,
             Some(references) => self.columns.prepared("references", references)?,
         };
         let Self { classes, identity, .. } = self;
-        Ok(Pairs { rows, columns, square: batch.is_square(), classes, identity, level })
+        Ok(Pairs { rows, columns, square: batch.is_square(), classes, identity })
     }
 
     pub fn bytes(&self) -> usize {

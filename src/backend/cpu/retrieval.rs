@@ -11,11 +11,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use ndarray::{ArrayViewMut2, Axis};
 
-use super::CpuBackend;
 use super::buffer::Buffer;
 use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
-use super::simd::{GROUP, Lanes, Work};
+use super::simd::{GROUP, Lanes, Level, Work};
 use super::tasks::{Workers, lock};
 use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
@@ -29,27 +28,21 @@ const MOST_QUERIES: usize = 768;
 const LIST_BYTES: usize = 32 << 20;
 
 /// See [`Backend::nearest`](crate::backend::Backend::nearest).
-pub fn nearest(
-    backend: &CpuBackend,
-    queries: &Rows<'_>,
-    references: Option<&Rows<'_>>,
-    k: usize,
-) -> Result<Nearest> {
+pub fn nearest(queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
     match references {
-        None => find(backend, &Matrix::checked("queries", queries)?, None, k),
-        Some(references) => Gallery::new(backend, references)?.nearest(queries, k),
+        None => find(&Matrix::checked("queries", queries)?, None, k),
+        Some(references) => Gallery::new(references)?.nearest(queries, k),
     }
 }
 
 /// A gallery whose rows have been checked.
 pub struct Gallery<'a> {
-    backend: &'a CpuBackend,
     rows: Matrix<'a>,
 }
 
 impl<'a> Gallery<'a> {
-    pub fn new(backend: &'a CpuBackend, rows: &'a Rows<'_>) -> Result<Self> {
-        Ok(Self { backend, rows: Matrix::checked("references", rows)? })
+    pub fn new(rows: &'a Rows<'_>) -> Result<Self> {
+        Ok(Self { rows: Matrix::checked("references", rows)? })
     }
 }
 
@@ -57,17 +50,12 @@ impl PreparedGallery for Gallery<'_> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         let queries = Matrix::checked("queries", queries)?;
         validate_dims(queries.dim, self.rows.dim)?;
-        find(self.backend, &queries, Some(&self.rows), k)
+        find(&queries, Some(&self.rows), k)
     }
 }
 
 /// Finds the `k` nearest rows of each query in `gallery`, or among the queries if it is `None`.
-fn find(
-    backend: &CpuBackend,
-    queries: &Matrix<'_>,
-    gallery: Option<&Matrix<'_>>,
-    k: usize,
-) -> Result<Nearest> {
+fn find(queries: &Matrix<'_>, gallery: Option<&Matrix<'_>>, k: usize) -> Result<Nearest> {
     let itself = gallery.is_none();
     let (queries, references) = (*queries, *gallery.unwrap_or(queries));
     let (count, against) = (queries.rows, references.rows);
@@ -85,7 +73,7 @@ fn find(
         let (indices, similarities) = &mut *found;
         let first = group * plan.group;
         let (plan, count) = (&plan, plan.group.min(queries.rows - first));
-        backend.level.dispatch(Pass { plan, queries, references, first, count, scratch: &mut *scratch });
+        Level::best().dispatch(Pass { plan, queries, references, first, count, scratch: &mut *scratch });
         scratch.lists.write(plan, indices.view_mut(), similarities.view_mut());
     });
     drop(found);

@@ -274,7 +274,6 @@ impl SideBuffers {
         self.squares.resize(order.rows.len(), 0.0);
         self.block_sums.resize(order.blocks.len() * dim, 0.0);
 
-        let level = Level::best();
         let mut packed = self.packed.chunks_mut(panel_floats.max(1));
         let mut direct = self.direct.chunks_mut(block_floats.max(1));
         let mut squares = self.squares.as_mut_slice();
@@ -284,7 +283,7 @@ impl SideBuffers {
             (rows, own, sums, packed.next(), direct.next())
         });
         workers.for_each_item(parts, |(rows, squares, sums, packed, direct)| {
-            level.dispatch(PrepareBlock { values, dim, rows, squares, sums, packed, direct });
+            Level::best().dispatch(PrepareBlock { values, dim, rows, squares, sums, packed, direct });
         });
         if check == UnitCheck::Check {
             self.check(name, rows, values)?;

@@ -268,7 +268,7 @@ impl Level {
         levels
     }
 
-    /// The best level of this processor.
+    /// The best level of this processor. Asked once a tile: the standard library keeps what it has detected.
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {

@@ -82,7 +82,7 @@ impl CpuBackend {
         let mut watch = Stopwatch::start();
         self.ready_scratch(workers);
         self.sides.set(batch, &workers)?;
-        let pairs = self.sides.pairs(batch, self.level)?;
+        let pairs = self.sides.pairs(batch)?;
         self.times.rows = watch.lap();
 
         let against = if pairs.square { 0 } else { pairs.columns.order.rows.len() };
@@ -108,7 +108,7 @@ impl CpuBackend {
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
         self.ready_scratch(workers);
-        let pairs = self.sides.pairs(batch, self.level)?;
+        let pairs = self.sides.pairs(batch)?;
         self.statistics.set_bounds(settings);
         self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
         let statistics = &self.statistics;
@@ -129,7 +129,7 @@ impl CpuBackend {
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
         self.ready_scratch(workers);
-        let pairs = self.sides.pairs(batch, self.level)?;
+        let pairs = self.sides.pairs(batch)?;
         let tolerances = adapt(settings, totals);
         self.weights.set_bounds(settings, tolerances, &self.statistics);
         self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, &mut self.statistics);
@@ -155,7 +155,7 @@ impl CpuBackend {
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
         self.ready_scratch(workers);
-        let pairs = self.sides.pairs(batch, self.level)?;
+        let pairs = self.sides.pairs(batch)?;
         output.active = self.weights.set_factors(&self.statistics, batch.total());
         let known = Known { pairs, statistics: &self.statistics, weights: &self.weights };
         self.tiles.weigh(&known, &workers, &self.scratch);
@@ -205,7 +205,7 @@ impl CpuBackend {
             return Err(Error::OutOfOrder(OTHER_LABELS));
         }
         self.sides.prepare(batch, UnitCheck::Trust, &workers)?;
-        let pairs = self.sides.pairs(batch, self.level)?;
+        let pairs = self.sides.pairs(batch)?;
         let mut walk = Walk {
             known: Known { pairs, statistics: &self.statistics, weights: &self.weights },
             tiles: &self.tiles,

@@ -9,6 +9,7 @@ use super::buffer::Buffer;
 use super::pairs::{Owner, Pairs};
 use super::select::{CountTile, Counts};
 use super::shares::Weights;
+use super::simd::Level;
 use super::statistics::{Statistics, TileSameClass};
 use super::tasks::{Workers, lock};
 use super::tile::{Candidates, SameClassTile, Sweep, TileScratch};
@@ -64,7 +65,7 @@ impl Known<'_> {
         weighed: &mut Vec<f32>,
     ) -> Weighed {
         let Self { pairs, weights, .. } = *self;
-        pairs.level.dispatch(WeighTile { pairs, tile, candidates, weights, kind, weighed })
+        Level::best().dispatch(WeighTile { pairs, tile, candidates, weights, kind, weighed })
     }
 }
 
@@ -238,7 +239,7 @@ impl Tiles {
                     }
                 }
             };
-            pairs.level.dispatch(SameClassTile {
+            Level::best().dispatch(SameClassTile {
                 pairs: *pairs,
                 tile,
                 scratch: &mut scratch.tile,
@@ -267,7 +268,7 @@ impl Tiles {
             let tile = self.position(index);
             let similarities = self.similarities_of(tile).map(lock);
             let kept = similarities.as_deref().map_or(&[][..], |buffer| buffer);
-            pairs.level.dispatch(Sweep { pairs: *pairs, tile, keep, probe, kept, scratch });
+            Level::best().dispatch(Sweep { pairs: *pairs, tile, keep, probe, kept, scratch });
             gathered.probe += scratch.found.probe;
             let (rows, columns) = (pairs.rows.order.blocks[tile.0], pairs.columns.order.blocks[tile.1]);
             gathered.raise(rows.start, &scratch.found.row_max[..rows.rows]);
@@ -321,7 +322,7 @@ impl Tiles {
         }
         let pairs = known.pairs;
         let (keep, probe) = known.statistics.bounds(pairs.square);
-        pairs.level.dispatch(Sweep { pairs, tile: self.position(index), keep, probe, kept: &[], scratch });
+        Level::best().dispatch(Sweep { pairs, tile: self.position(index), keep, probe, kept: &[], scratch });
         let (candidates, weighed) = scratch.swept();
         use_them(candidates, weighed)
     }
@@ -382,7 +383,7 @@ impl Tiles {
             let Scratch { tile: scratch, gathered, .. } = scratch;
             let (tile, mut counts) = (self.position(index), Counts::default());
             self.with_similarities(&known, index, scratch, |candidates, _| {
-                pairs.level.dispatch(CountTile {
+                Level::best().dispatch(CountTile {
                     pairs: *pairs,
                     tile,
                     candidates,

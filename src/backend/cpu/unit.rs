@@ -37,15 +37,15 @@ struct UnitSide {
 
 impl UnitRows {
     /// Normalises the rows of a batch whose shapes were checked.
-    pub fn set(&mut self, batch: &Batch<'_>, level: Level, workers: Workers<'_>) -> Result<()> {
-        self.set_anchors(&batch.anchors, level, workers)?;
+    pub fn set(&mut self, batch: &Batch<'_>, workers: Workers<'_>) -> Result<()> {
+        self.set_anchors(&batch.anchors, workers)?;
         let references = batch.references.as_ref();
-        references.map_or(Ok(()), |rows| self.references.set("references", &rows.embeddings, level, workers))
+        references.map_or(Ok(()), |rows| self.references.set("references", &rows.embeddings, workers))
     }
 
     /// Normalises the rows of one side, without references.
-    pub fn set_anchors(&mut self, rows: &Rows<'_>, level: Level, workers: Workers<'_>) -> Result<()> {
-        self.anchors.set("anchors", &rows.embeddings, level, workers)
+    pub fn set_anchors(&mut self, rows: &Rows<'_>, workers: Workers<'_>) -> Result<()> {
+        self.anchors.set("anchors", &rows.embeddings, workers)
     }
 
     /// The unit rows, as they were set last.
@@ -70,14 +70,13 @@ impl UnitRows {
     pub fn normalize_backward(
         &self,
         batch: &Batch<'_>,
-        level: Level,
         workers: Workers<'_>,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.anchors_backward(&batch.anchors, entries(&mut output.gradient)?, level, workers)?;
+        self.anchors_backward(&batch.anchors, entries(&mut output.gradient)?, workers)?;
         match (&batch.references, &mut output.reference_gradient) {
             (Some(rows), Some(gradient)) => {
-                self.references.normalize_backward(&rows.embeddings, entries(gradient)?, level, workers)
+                self.references.normalize_backward(&rows.embeddings, entries(gradient)?, workers)
             }
             _ => Ok(()),
         }
@@ -88,10 +87,9 @@ impl UnitRows {
         &self,
         rows: &Rows<'_>,
         gradient: &mut [f32],
-        level: Level,
         workers: Workers<'_>,
     ) -> Result<()> {
-        self.anchors.normalize_backward(&rows.embeddings, gradient, level, workers)
+        self.anchors.normalize_backward(&rows.embeddings, gradient, workers)
     }
 
     /// Bytes its buffers hold.
@@ -101,24 +99,12 @@ impl UnitRows {
 }
 
 impl UnitSide {
-    fn set(
-        &mut self,
-        name: &'static str,
-        rows: &Embeddings<'_>,
-        level: Level,
-        workers: Workers<'_>,
-    ) -> Result<()> {
+    fn set(&mut self, name: &'static str, rows: &Embeddings<'_>, workers: Workers<'_>) -> Result<()> {
         let Self { single, half, brain, lengths } = self;
         match rows {
-            Embeddings::F32(view) => {
-                normalise(contiguous(name, view)?, view.dim(), single, lengths, level, workers)
-            }
-            Embeddings::F16(view) => {
-                normalise(contiguous(name, view)?, view.dim(), half, lengths, level, workers)
-            }
-            Embeddings::Bf16(view) => {
-                normalise(contiguous(name, view)?, view.dim(), brain, lengths, level, workers)
-            }
+            Embeddings::F32(view) => normalise(contiguous(name, view)?, view.dim(), single, lengths, workers),
+            Embeddings::F16(view) => normalise(contiguous(name, view)?, view.dim(), half, lengths, workers),
+            Embeddings::Bf16(view) => normalise(contiguous(name, view)?, view.dim(), brain, lengths, workers),
         }
         Ok(())
     }
@@ -137,19 +123,18 @@ impl UnitSide {
         &self,
         rows: &Embeddings<'_>,
         gradient: &mut [f32],
-        level: Level,
         workers: Workers<'_>,
     ) -> Result<()> {
         let (dim, lengths) = (rows.dim(), &self.lengths);
         match rows {
             Embeddings::F32(view) => {
-                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, workers)
             }
             Embeddings::F16(view) => {
-                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, workers)
             }
             Embeddings::Bf16(view) => {
-                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, workers)
             }
         }
         Ok(())
@@ -217,7 +202,6 @@ fn normalise<T: Entry>(
     (count, dim): (usize, usize),
     unit: &mut Vec<T>,
     lengths: &mut Vec<f64>,
-    level: Level,
     workers: Workers<'_>,
 ) {
     grow(unit, rows.len());
@@ -225,7 +209,7 @@ fn normalise<T: Entry>(
     let unit = unit[..rows.len()].chunks_mut(CHUNK * dim);
     let parts = rows.chunks(CHUNK * dim).zip(unit).zip(lengths.chunks_mut(CHUNK));
     workers.for_each_item(parts, |((rows, unit), lengths)| {
-        level.dispatch(Normalise { rows, dim, unit, lengths });
+        Level::best().dispatch(Normalise { rows, dim, unit, lengths });
     });
 }
 
@@ -234,13 +218,12 @@ fn normalize_backward<T: Entry>(
     dim: usize,
     lengths: &[f64],
     gradient: &mut [f32],
-    level: Level,
     workers: Workers<'_>,
 ) {
     let gradient = gradient.chunks_mut(CHUNK * dim);
     let parts = rows.chunks(CHUNK * dim).zip(gradient).zip(lengths.chunks(CHUNK));
     workers.for_each_item(parts, |((rows, gradient), lengths)| {
-        level.dispatch(NormalizeBackward { rows, dim, lengths, gradient });
+        Level::best().dispatch(NormalizeBackward { rows, dim, lengths, gradient });
     });
 }
 

@@ -12,7 +12,7 @@ use super::Scratch;
 use super::gradient::{AddTile, Dimensions};
 use super::pairs::Owner;
 use super::rows::Side;
-use super::simd::GROUP;
+use super::simd::{GROUP, Level};
 use super::tasks::{Workers, lock};
 use super::tiles::{Known, Tiles};
 use super::weigh::{Kind, Totals};
@@ -89,7 +89,7 @@ impl Walk<'_> {
                     if part.first == 0 && (owner_columns || !pairs.square) {
                         sums.totals.add(&weighed.totals);
                     }
-                    pairs.level.dispatch(AddTile {
+                    Level::best().dispatch(AddTile {
                         pairs,
                         tile,
                         candidates,

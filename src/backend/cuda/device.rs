@@ -292,11 +292,6 @@ impl Device for CudaDevice {
             Ok(())
         }
     }
-
-    fn synchronize(&mut self) -> Result<()> {
-        let _kept = self.enter()?;
-        self.stream.synchronize()
-    }
 }
 
 impl Drop for CudaBuffer {

@@ -1,10 +1,10 @@
 //! [`Backend`] over any [`Device`].
 
 use bytemuck::cast_slice;
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
-use super::layout::Remembered;
 use super::passes::Passes;
+use super::remembered::Remembered;
 use super::shape::Shape;
 use super::steps::{NumberKind, download_counters, upload_numbers};
 use super::transfer::{download_gradients, download_list, download_scalars, upload};
@@ -17,36 +17,26 @@ use crate::loss::select::adapt;
 use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 
 /// Options of a device backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
-    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default
-    /// [`Options::SHARE_OF_FREE`].
-    pub budget: usize,
+    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. `None`: a quarter of the
+    /// memory that is free when the backend is made. A loss takes at most 8 bytes of it for each pair of its
+    /// batch.
+    pub budget: Option<usize>,
     /// Whether f32 rows are multiplied with TF32's precision: rounded to f16's 11 significant bits (entries
     /// below 6e-5 to an absolute 3e-8), products summed in f32. Default false: f32's precision.
     pub tf32: bool,
 }
 
-impl Options {
-    /// Stands for a quarter of the memory that is free when the backend is made. A loss takes at most 8 bytes
-    /// of it for each pair of its batch.
-    pub const SHARE_OF_FREE: usize = usize::MAX;
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { budget: Self::SHARE_OF_FREE, tf32: false }
-    }
-}
-
 /// The passes on one device, with their workspaces.
 ///
-/// The workspace of the loss is allocated on the first call and again only for a larger batch; its size is
-/// [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have workspaces of their own,
+/// The workspace of the loss is allocated on the first call and again only for a larger batch. The threshold and the retrieval pass have workspaces of their own,
 /// allocated on first use, so that the pairs of the last loss survive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,
-    pub(super) options: Options,
+    /// Bytes for the candidates of a loss.
+    pub(super) budget: usize,
+    pub(super) tf32: bool,
     pub(super) loss: Workspace<D>,
     pub(super) threshold: Workspace<D>,
     /// The gallery, while it is searched.
@@ -59,13 +49,11 @@ pub struct DeviceBackend<D: Device> {
 impl<D: Device> DeviceBackend<D> {
     /// A backend without any memory yet.
     pub fn new(device: D, options: Options) -> Self {
-        let budget = match options.budget {
-            Options::SHARE_OF_FREE => device.free_memory() / 4,
-            bytes => bytes,
-        };
+        let Options { budget, tf32 } = options;
         Self {
+            budget: budget.unwrap_or_else(|| device.free_memory() / 4),
+            tf32,
             device,
-            options: Options { budget, ..options },
             loss: Workspace::default(),
             threshold: Workspace::default(),
             gallery: Workspace::default(),
@@ -85,7 +73,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
-        Precision::of(rows.embeddings.element_type(), self.options.tf32)
+        Precision::of(rows.embeddings.element_type(), self.tf32)
     }
 }
 
@@ -122,13 +110,11 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
         let labels = Remembered::keep_labels(last, part);
-        if shape.anchors == 0 {
-            self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
-            *output = LossOutput::default();
-            return Ok(());
-        }
         let begun = self.begin(shape, settings, false);
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
+        if shape.anchors == 0 {
+            return self.find_nothing(loss, output);
+        }
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let input = upload(device, buffer, &loss.layout, part)?;
@@ -152,10 +138,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let loss = self.go_on(part, Step::Sweep)?;
         min_pos.validate(part)?;
         if loss.shape.anchors == 0 {
-            output.max_neg.clear();
-            output.probe_neg = 0;
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [min_pos.anchors, &[]], [min_pos.references, &[]])?;
@@ -182,10 +165,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let tolerances = adapt(&loss.host_settings, totals);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
         if loss.shape.anchors == 0 {
-            output.count_pos.clear();
-            output.count_neg.clear();
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [max_neg.anchors, &[]], [max_neg.references, &[]])?;
@@ -214,15 +194,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let loss = self.go_on(part, Step::Gradient)?;
         RowNumbers::validate_sizes(&count_pos, &count_neg, part)?;
         if loss.shape.anchors == 0 {
-            let gradient = Array2::zeros((0, loss.shape.dim));
-            *output = LossOutput {
-                gradient,
-                gamma_pos: output.gamma_pos,
-                gamma_neg: output.gamma_neg,
-                ..LossOutput::default()
-            };
-            self.remembered = Some(loss);
-            return Ok(());
+            return self.find_nothing(loss, output);
         }
         let (buffer, device) = self.resumed(&loss)?;
         let anchors = [count_pos.anchors, count_neg.anchors];

@@ -4,8 +4,8 @@
 //! a caller can capture the calls in a graph. A bad row makes loss and gradients NaN, and its index is in the
 //! scalars.
 
-use super::layout::{Remembered, ResidentOutput};
-use super::passes::Passes;
+use super::passes::{Passes, ResidentOutput};
+use super::remembered::Remembered;
 use super::resident::{ResidentBatch, aligned};
 use super::shape::{Shape, more_scale, sum_scale};
 use super::steps::{Given, NumberKind};
@@ -23,8 +23,6 @@ pub enum ResidentIdentity {
     ByValue,
     /// Reference `first + i` is anchor i.
     From(usize),
-    /// As `From`, with `first` at this device address, a u64.
-    FromAt(u64),
     /// The device address of an [`Identity::List`](crate::loss::Identity::List), `[B]`, u32.
     List(u64),
 }
@@ -68,10 +66,8 @@ pub struct ResidentNumbers {
 impl ResidentPart {
     fn validate(&self) -> Result<()> {
         self.batch.validate()?;
-        match self.identity {
-            ResidentIdentity::FromAt(address) => aligned("identity", address, 8)?,
-            ResidentIdentity::List(address) => aligned("identity", address, 4)?,
-            ResidentIdentity::ByValue | ResidentIdentity::From(_) => {}
+        if let ResidentIdentity::List(address) = self.identity {
+            aligned("identity", address, 4)?;
         }
         check_total(Some(self.total))
     }
@@ -87,12 +83,11 @@ impl ResidentPart {
         }
     }
 
-    fn input(&self) -> Input {
+    pub(super) fn input(&self) -> Input {
         let mut identity = IdentityAt::default();
         match self.identity {
             ResidentIdentity::ByValue => {}
             ResidentIdentity::From(first) => identity.first = first as u64,
-            ResidentIdentity::FromAt(address) => identity.first_at = address,
             ResidentIdentity::List(address) => identity.list = address,
         }
         Input { identity, ..self.batch.input() }
@@ -215,7 +210,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     /// Issues the last step: the gradient of the anchors goes where the batch says, the part's scalars to
-    /// `scalars`, as [`LossScalars`].
+    /// `scalars`, as [`LossScalars`](crate::loss::LossScalars).
     ///
     /// # Errors
     /// As [`enqueue_sweep`](Self::enqueue_sweep).
@@ -248,7 +243,8 @@ impl<D: Device> DeviceBackend<D> {
         }
     }
 
-    fn begin_resident(
+    /// Checks and plans a loss on device rows, whole or in steps, which exchange `numbers` of the references.
+    pub(super) fn begin_resident(
         &mut self,
         part: &ResidentPart,
         settings: &ResidentSettings,
@@ -257,7 +253,7 @@ impl<D: Device> DeviceBackend<D> {
         self.remembered = None;
         settings.settings.validate()?;
         part.validate()?;
-        let shape = part.shape(self.options.tf32, numbers);
+        let shape = part.shape(self.tf32, numbers);
         shape.check()?;
         let mut loss = self.begin(shape, &settings.settings, true);
         if settings.lambda != 0 {
@@ -274,7 +270,7 @@ impl<D: Device> DeviceBackend<D> {
     fn go_on_resident(&mut self, part: &ResidentPart, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
-        if last.shape != part.shape(self.options.tf32, true) {
+        if last.shape != part.shape(self.tf32, true) {
             return Err(Error::OutOfOrder("a step needs the part of the step before it: its shape differs"));
         }
         Ok(Remembered { step: Some(step), ..last })

@@ -1,27 +1,12 @@
-//! The layout of a loss's workspace, and what is remembered of the last loss.
-
-use std::mem::offset_of;
+//! The layout of a loss's workspace.
 
 use super::params::{
-    ClassRange, Counters, LossScalars, MinedSums, Pairs, RowNumbers, RowSame, RowWeights, Settings, Side,
-    TILE, WEIGH_SUMS, ZEROED, Zeroed,
+    ClassRange, Counters, LossScalars, RowNumbers, RowSame, RowWeights, TILE, WEIGH_SUMS, ZEROED, Zeroed,
 };
 use super::plan::GradientGrid;
-use super::shape::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
+use super::shape::{POOL_UNIT, Shape, order_runs, tiles};
 use super::workspace::{Layout, Region};
 use super::{DeviceProperties, Kernel};
-use crate::backend::step::Step;
-use crate::loss::select::{candidate_tolerance, initial_tolerances, probe_tolerance};
-use crate::loss::{Batch, LossSettings, Mining, UnitCheck};
-
-/// Device addresses that the scalars of a loss are written to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ResidentOutput {
-    /// The address of a [`LossScalars`].
-    pub scalars: u64,
-    /// The address of an f32 that also receives the loss; or 0.
-    pub loss: u64,
-}
 
 /// Regions of one side's rows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,32 +30,6 @@ pub(super) struct SideRegions {
     pub(super) gradient: Region,
 }
 
-/// Addresses of one side's input and gradient, in the workspace or in the caller's memory.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct SideAddresses {
-    pub(super) rows: u64,
-    pub(super) labels: u64,
-    pub(super) gradient: u64,
-}
-
-impl SideRegions {
-    pub(super) fn addresses(&self, base: u64) -> SideAddresses {
-        let address = |region: Region| base + region.offset as u64;
-        SideAddresses {
-            rows: address(self.input),
-            labels: address(self.labels),
-            gradient: address(self.gradient),
-        }
-    }
-}
-
-/// Whether rows are checked, and how far their norms may be from 1.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RowTolerance {
-    pub(super) check: UnitCheck,
-    pub(super) tolerance: f64,
-}
-
 /// The regions of a loss's workspace.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LossLayout {
@@ -81,7 +40,7 @@ pub(super) struct LossLayout {
     pub(super) same: Region,
     pub(super) max_neg: Region,
     pub(super) counters: Region,
-    /// [`MinedSums`] of positives and of negatives: four lists of i64, then two of u32.
+    /// [`MinedSums`](super::params::MinedSums) of positives and of negatives: four lists of i64, then two of u32.
     pub(super) sums: Region,
     pub(super) weights: Region,
     pub(super) identity: Region,
@@ -214,110 +173,6 @@ impl LossLayout {
     }
 }
 
-/// The last loss, with the layout of its pairs.
-pub(super) struct Remembered {
-    pub(super) shape: Shape,
-    pub(super) layout: LossLayout,
-    pub(super) settings: Settings,
-    pub(super) host_settings: LossSettings,
-    /// The last step of a part's loss; `None` for a whole loss.
-    pub(super) step: Option<Step>,
-    /// Labels of both sides, if the host has them; later calls on this loss must have the same.
-    pub(super) labels: Option<[Vec<i64>; 2]>,
-}
-
-/// Labels of both sides; those of missing references are empty.
-fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
-    [batch.anchors.labels, batch.references.map_or(&[], |rows| rows.labels)]
-}
-
-const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
-
-impl Remembered {
-    /// The first step of a part without anchors, for which no kernel runs.
-    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: Option<[Vec<i64>; 2]>) -> Self {
-        Self {
-            shape,
-            layout: LossLayout::default(),
-            settings: device_settings(settings, &shape),
-            host_settings: *settings,
-            step: Some(Step::SameClass),
-            labels,
-        }
-    }
-
-    /// Copies the labels of `batch`, into the memory of the labels of `before`.
-    pub(super) fn keep_labels(before: Option<Self>, batch: &Batch<'_>) -> Option<[Vec<i64>; 2]> {
-        let mut labels = before.and_then(|last| last.labels).unwrap_or_default();
-        for (kept, given) in labels.iter_mut().zip(labels_of(batch)) {
-            kept.clear();
-            kept.extend_from_slice(given);
-        }
-        Some(labels)
-    }
-
-    /// Whether the labels are those of `batch`; also true if the host does not know them.
-    pub(super) fn has_labels_of(&self, batch: &Batch<'_>) -> bool {
-        self.labels.as_ref().is_none_or(|labels| *labels == labels_of(batch))
-    }
-
-    /// The parameter that all passes share, for a workspace at `base`.
-    pub(super) fn pairs(&self, base: u64) -> Pairs {
-        let (shape, layout) = (&self.shape, &self.layout);
-        let side = |regions: &SideRegions, count: usize| Side {
-            rows: pointer(base, regions.rows),
-            order: pointer(base, regions.order),
-            duplicate: pointer(base, regions.duplicate),
-            count: count as u32,
-            tiles: tiles(count) as u32,
-        };
-        Pairs {
-            anchors: side(&layout.anchors, shape.anchors),
-            references: side(&layout.references, shape.reference_count()),
-            total: shape.total as u32,
-            band: shape.band() as u32,
-            square: u32::from(shape.references.is_none()),
-            stride: shape.stride() as u32,
-            dim: shape.dim as u32,
-            pool: layout.pool as u32,
-            tiles: shape.tiles() as u64,
-            classes: pointer(base, layout.classes),
-            same: pointer(base, layout.same),
-            max_neg: pointer(base, layout.max_neg),
-            counters: pointer(base, layout.counters),
-            positives: mined_sums(base, layout.sums, shape.anchors, 0),
-            negatives: mined_sums(base, layout.sums, shape.anchors, 1),
-            weights: pointer(base, layout.weights),
-            identity: unless_empty::<u32>(base, layout.identity),
-            columns: unless_empty(base, layout.columns),
-            column_weights: match shape.references {
-                None => pointer(base, layout.weights),
-                Some(_) => unless_empty(base, layout.column_weights),
-            },
-            // A whole loss adapts to the totals that its own sweep counts.
-            totals: match self.step {
-                None => pointer::<u64>(base, layout.counters),
-                Some(_) => pointer(base, layout.totals),
-            },
-            tile_counts: pointer(base, layout.tile_counts),
-            tile_segments: pointer(base, layout.tile_segments),
-            pool_values: pointer(base, layout.pool_values),
-            pool_words: pointer(base, layout.pool_words),
-            settings: self.settings,
-        }
-    }
-}
-
-/// Addresses of the lists of positives (`kind` 0) or negatives (1) in `sums`.
-fn mined_sums(base: u64, sums: Region, rows: usize, kind: usize) -> MinedSums {
-    let first = pointer::<i64>(base, sums);
-    MinedSums {
-        softplus: first.wrapping_add(2 * kind * rows),
-        sigmoid: first.wrapping_add((2 * kind + 1) * rows),
-        count: first.wrapping_add(4 * rows).cast::<u32>().wrapping_add(kind * rows),
-    }
-}
-
 /// The device address of a region, as a pointer of the type in params.h.
 pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
     (base as usize + region.offset) as *mut T
@@ -326,24 +181,4 @@ pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
 /// As [`pointer`], or null for an empty region.
 pub(super) fn unless_empty<T>(base: u64, region: Region) -> *mut T {
     if region.bytes == 0 { std::ptr::null_mut() } else { pointer(base, region) }
-}
-
-pub(super) fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
-    let tolerances = initial_tolerances(settings);
-    Settings {
-        gamma_pos: tolerances.pos,
-        gamma_neg: tolerances.neg,
-        probe: probe_tolerance(settings),
-        candidate: candidate_tolerance(settings),
-        tolerance: settings.tolerance,
-        alpha: settings.alpha,
-        beta: settings.beta,
-        lambda_pos: settings.lambda_pos,
-        lambda_neg: settings.lambda_neg,
-        lambda: 0,
-        sum_scale: sum_scale(settings, shape.reference_count()),
-        more_scale: more_scale(settings, shape.reference_count()),
-        adaptive: u32::from(settings.mining == Mining::AtAsms),
-        reserved: 0,
-    }
 }

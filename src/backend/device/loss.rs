@@ -1,21 +1,18 @@
 //! A whole loss on host rows: copies them to the device, issues the passes, and waits once, for the results.
 
-use super::layout::{LossLayout, Remembered, device_settings};
+use ndarray::Array2;
+
+use super::layout::LossLayout;
 use super::passes::Passes;
+use super::remembered::{Remembered, device_settings};
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
 use crate::Result;
+use crate::loss::select::initial_tolerances;
 use crate::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
 
 impl<D: Device> DeviceBackend<D> {
-    /// Bytes of the workspace of a loss on `batch`: a function of B, N, D, the type and the budget.
-    #[must_use]
-    pub fn loss_bytes(&self, batch: &Batch<'_>) -> usize {
-        let shape = self.shape(batch);
-        LossLayout::new(&shape, self.options.budget, self.device.properties(), false).layout.bytes()
-    }
-
     pub(super) fn shape(&self, batch: &Batch<'_>) -> Shape {
         let Rows { embeddings, .. } = &batch.anchors;
         Shape {
@@ -40,6 +37,11 @@ impl<D: Device> DeviceBackend<D> {
         shape.check()?;
         let labels = Remembered::keep_labels(last, batch);
         let loss = Remembered { labels, ..self.begin(shape, settings, false) };
+        if shape.anchors == 0 {
+            let tolerances = initial_tolerances(settings);
+            (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
+            return self.find_nothing(loss, output);
+        }
         let layout = &loss.layout;
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
@@ -53,11 +55,31 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
+    /// A loss, or one of its steps, of a part without anchors: no kernel can run on no rows, and every result is
+    /// zero. The tolerances stay, since they are the batch's.
+    pub(super) fn find_nothing(&mut self, loss: Remembered, output: &mut LossOutput) -> Result<()> {
+        let Shape { dim, reference_gradient, .. } = loss.shape;
+        *output = LossOutput {
+            gradient: Array2::zeros((0, dim)),
+            reference_gradient: reference_gradient
+                .then(|| Array2::zeros((loss.shape.reference_count(), dim))),
+            gamma_pos: output.gamma_pos,
+            gamma_neg: output.gamma_neg,
+            ..LossOutput::default()
+        };
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
     /// Plans the workspace. The first kernel zeroes the regions that the passes add to.
     pub(super) fn begin(&self, shape: Shape, settings: &LossSettings, resident: bool) -> Remembered {
+        let layout = match shape.anchors {
+            0 => LossLayout::default(),
+            _ => LossLayout::new(&shape, self.budget, self.device.properties(), resident),
+        };
         Remembered {
             shape,
-            layout: LossLayout::new(&shape, self.options.budget, self.device.properties(), resident),
+            layout,
             settings: device_settings(settings, &shape),
             host_settings: *settings,
             step: None,

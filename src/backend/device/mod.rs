@@ -15,6 +15,7 @@ pub mod params;
 mod passes;
 mod plan;
 mod precision;
+mod remembered;
 mod resident;
 mod retrieval;
 mod search_plan;
@@ -27,7 +28,7 @@ mod workspace;
 pub use backend::{DeviceBackend, Options};
 pub use enqueue::{ResidentIdentity, ResidentNumbers, ResidentPart, ResidentSettings};
 pub use kernel::Kernel;
-pub use layout::ResidentOutput;
+pub use passes::ResidentOutput;
 pub use plan::LaunchPlan;
 pub use precision::Precision;
 pub use resident::{ResidentBatch, ResidentRows};
@@ -130,10 +131,4 @@ pub trait Device: Send {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the launch is refused.
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()>;
-
-    /// Waits for everything launched so far.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if a kernel failed.
-    fn synchronize(&mut self) -> Result<()>;
 }

@@ -2,12 +2,13 @@
 
 use std::mem::offset_of;
 
-use super::layout::{Remembered, SideRegions, pointer, unless_empty};
+use super::layout::{SideRegions, pointer, unless_empty};
 use super::params::{
     Counters, IdentityParams, InvertParams, MergeParams, ORDER_TILE, OrderParams, PrepareParams, ZEROED,
     Zeroed,
 };
 use super::passes::Passes;
+use super::remembered::Remembered;
 use super::shape::{order_runs, order_tile};
 use super::transfer::Input;
 use super::{Device, Kernel};
@@ -136,7 +137,6 @@ impl<D: Device> Passes<'_, D> {
             order: self.at::<u32>(layout.anchors.order),
             positions: self.at::<u32>(layout.positions),
             list: identity.list as usize as *const u32,
-            first_at: identity.first_at as usize as *const u64,
             first: identity.first,
             identity: self.at(layout.identity),
             count: shape.anchors as u32,

@@ -4,15 +4,25 @@
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
 use super::launcher::Launcher;
-use super::layout::{Remembered, ResidentOutput, pointer};
+use super::layout::pointer;
 use super::params::{
     GradientParams, LossScalars, NormalizeBackwardParams, Pairs, PairsParams, WEIGH_NO_WORDS, WeighParams,
 };
 use super::plan::GradientGrid;
+use super::remembered::Remembered;
 use super::transfer::Input;
 use super::workspace::Region;
 use super::{Device, Kernel};
 use crate::Result;
+
+/// Device addresses that the scalars of a loss are written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResidentOutput {
+    /// The address of a [`LossScalars`](crate::loss::LossScalars).
+    pub scalars: u64,
+    /// The address of an f32 that also receives the loss; or 0.
+    pub loss: u64,
+}
 
 /// Issues the passes of one loss, on its workspace at `base`.
 pub(super) struct Passes<'a, D: Device> {

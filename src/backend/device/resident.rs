@@ -2,11 +2,13 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::layout::{RowTolerance, SideAddresses};
+use super::enqueue::{ResidentIdentity, ResidentPart, ResidentSettings};
 use super::passes::Passes;
 use super::retrieval::Searched;
 use super::shape::Shape;
-use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
+use super::transfer::{
+    IdentityAt, Input, RowTolerance, SideAddresses, download_anchors, download_scalars, download_terms,
+};
 use super::{Device, DeviceBackend, Precision};
 use crate::backend::{Nearest, Picked};
 use crate::loss::{ElementType, LossOutput, LossSettings, ThresholdGradient, UnitCheck};
@@ -148,15 +150,12 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.remembered = None;
-        settings.validate()?;
-        batch.validate()?;
-        let shape = batch.shape(self.options.tf32);
-        shape.check()?;
-        let loss = self.begin(shape, settings, true);
-        let input = batch.input();
-        let Self { device, loss: workspace, .. } = self;
-        let buffer = workspace.lay(device, &loss.layout.layout)?;
+        let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.count);
+        let whole = ResidentPart { batch: *batch, identity, total, normalize: false };
+        let settings = ResidentSettings { settings: *settings, lambda: 0 };
+        let loss = self.begin_resident(&whole, &settings, false)?;
+        let input = whole.input();
+        let (buffer, device) = self.resumed(&loss)?;
         let mut passes = Passes::new(&mut *device, buffer, &loss);
         passes.whole_loss(&input, passes.scalars())?;
         *output = LossOutput::default();
@@ -211,7 +210,7 @@ impl<D: Device> DeviceBackend<D> {
         }
         // In the square form the anchors' tangent is that of both sides.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
-        self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
+        self.sum_threshold(batch.shape(self.tf32), true, |_, _, _| Ok(tangents))
     }
 
     /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows;
@@ -236,7 +235,7 @@ impl<D: Device> DeviceBackend<D> {
         k: usize,
     ) -> Result<Nearest> {
         batch.validate_rows("queries")?;
-        let all = Shape { references: None, ..batch.shape(self.options.tf32) };
+        let all = Shape { references: None, ..batch.shape(self.tf32) };
         let queries = batch.searched("queries", &batch.anchors, picked.map(|picked| picked.queries), all)?;
         let gallery = match (picked, &batch.references) {
             (Some(picked), _) => Some(("queries", &batch.anchors, picked.gallery)),

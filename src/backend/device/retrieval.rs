@@ -3,12 +3,12 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 
 use super::launcher::Launcher;
-use super::layout::{RowTolerance, pointer};
+use super::layout::pointer;
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
 use super::plan::LaunchPlan;
 use super::search_plan::SearchPlan;
 use super::shape::{Shape, tiles};
-use super::transfer::{NO_ROW, matrix_bytes};
+use super::transfer::{NO_ROW, RowTolerance, matrix_bytes};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::Result;

@@ -3,9 +3,9 @@
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
-use super::layout::Remembered;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::passes::Passes;
+use super::remembered::Remembered;
 use super::shape::Shape;
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::step::Step;

@@ -3,10 +3,11 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
-use super::layout::{Remembered, pointer, unless_empty};
+use super::layout::{pointer, unless_empty};
 use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
 use super::passes::Passes;
 use super::plan::GradientGrid;
+use super::remembered::Remembered;
 use super::shape::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, DeviceProperties, Kernel};
@@ -64,11 +65,6 @@ impl<D: Device> DeviceBackend<D> {
         {
             return Err(Error::OutOfOrder(OTHER_LABELS));
         }
-        if shape.anchors == 0
-            && self.remembered.as_ref().is_some_and(|last| last.step == Some(Step::Gradient))
-        {
-            return Ok(ThresholdGradient::default());
-        }
         // In the square form the anchors' tangent is that of both sides.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
         self.sum_threshold(shape, false, |device, buffer, regions| {
@@ -94,9 +90,7 @@ impl<D: Device> DeviceBackend<D> {
         place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
     ) -> Result<ThresholdGradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
-        let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
-            return Err(Error::OutOfOrder(NO_LOSS));
-        };
+        let Some(remembered) = remembered else { return Err(Error::OutOfOrder(NO_LOSS)) };
         if remembered.step.is_some_and(|step| step != Step::Gradient) {
             return Err(Error::OutOfOrder(NO_LOSS));
         }
@@ -109,6 +103,10 @@ impl<D: Device> DeviceBackend<D> {
                 "threshold_gradient needs the batch of the last loss, in its type",
             ));
         }
+        if shape.anchors == 0 {
+            return Ok(ThresholdGradient::default());
+        }
+        let Some(pairs_buffer) = loss.buffer() else { return Err(Error::OutOfOrder(NO_LOSS)) };
         let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
         let tangents = place(device, buffer, &layout.tangents)?;

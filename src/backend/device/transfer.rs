@@ -4,11 +4,12 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::Device;
-use super::layout::{LossLayout, Remembered, RowTolerance, SideAddresses, SideRegions};
+use super::layout::{LossLayout, SideRegions};
 use super::params::TILE;
+use super::remembered::Remembered;
 use super::shape::tiles;
 use super::workspace::Region;
-use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossScalars, Rows, check_unit};
+use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossScalars, Rows, UnitCheck, check_unit};
 use crate::{Error, Result};
 
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
@@ -33,13 +34,38 @@ pub(super) struct Input {
     pub(super) identity: IdentityAt,
 }
 
+/// Addresses of one side's input and gradient, in the workspace or in the caller's memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SideAddresses {
+    pub(super) rows: u64,
+    pub(super) labels: u64,
+    pub(super) gradient: u64,
+}
+
+impl SideRegions {
+    pub(super) fn addresses(&self, base: u64) -> SideAddresses {
+        let address = |region: Region| base + region.offset as u64;
+        SideAddresses {
+            rows: address(self.input),
+            labels: address(self.labels),
+            gradient: address(self.gradient),
+        }
+    }
+}
+
+/// Whether rows are checked, and how far their norms may be from 1.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowTolerance {
+    pub(super) check: UnitCheck,
+    pub(super) tolerance: f64,
+}
+
 /// How kernels learn which reference is an anchor.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct IdentityAt {
-    /// Reference `first + i` is anchor i; `first_at`, if not 0, is the address of `first`.
+    /// Reference `first + i` is anchor i.
     pub(super) first: u64,
-    pub(super) first_at: u64,
-    /// The address of a list, which takes precedence over both; or 0.
+    /// The address of a list, which takes precedence; or 0.
     pub(super) list: u64,
 }
 

@@ -200,8 +200,4 @@ impl Device for EmulatedDevice {
         };
         if answer == 0 { Ok(()) } else { Err(refused()) }
     }
-
-    fn synchronize(&mut self) -> Result<()> {
-        Ok(())
-    }
 }

@@ -13,9 +13,7 @@ use crate::loss::{LossOutput, LossSettings, ThresholdGradient};
 
 /// The backend's options from the caller's.
 pub fn backend_options(options: EngineOptions) -> Options {
-    let default = Options::default();
-    let budget = if options.budget == 0 { default.budget } else { options.budget };
-    Options { budget, tf32: options.tf32 }
+    Options { budget: options.budget, tf32: options.tf32 }
 }
 
 fn side(rows: &CheckedRows, gradient: *mut f32) -> ResidentRows {

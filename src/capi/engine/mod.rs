@@ -19,8 +19,8 @@ mod emulated;
 /// Options of an engine.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
-    /// Bytes for candidates; 0 for the device's default.
-    pub budget: usize,
+    /// Bytes for candidates; `None` for the device's default.
+    pub budget: Option<usize>,
     /// Whether f32 rows may be rounded to TF32's precision.
     #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no TF32"))]
     pub tf32: bool,
@@ -137,10 +137,7 @@ pub unsafe fn open(spec: DeviceSpec, options: EngineOptions) -> Outcome<Box<dyn 
     match spec {
         // SAFETY: there is no stream.
         DeviceSpec::Auto => unsafe { open(auto().spec, options) },
-        DeviceSpec::Cpu => {
-            let budget = (options.budget != 0).then_some(options.budget);
-            Ok(Box::new(budget.map_or_else(CpuBackend::new, CpuBackend::with_budget)))
-        }
+        DeviceSpec::Cpu => Ok(Box::new(options.budget.map_or_else(CpuBackend::new, CpuBackend::with_budget))),
         // SAFETY: handed on to the caller.
         DeviceSpec::Cuda(index) => unsafe { gpu::open(index, options) },
         DeviceSpec::Emulated => emulation::open(options),

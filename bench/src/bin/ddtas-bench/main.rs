@@ -39,13 +39,6 @@ enum Command {
     Throughput(ThroughputArguments),
     /// Compares two outputs of `throughput --json`: ratios of time and memory.
     Compare(CompareArguments),
-    /// Prints a shell completion script.
-    Completions {
-        /// The shell.
-        shell: clap_complete::Shell,
-    },
-    /// Prints the manual page.
-    Man,
 }
 
 #[derive(clap::Args)]
@@ -69,19 +62,12 @@ fn command() -> clap::Command {
 }
 
 fn main() -> ExitCode {
-    let mut command = command();
     let arguments =
-        Arguments::from_arg_matches(&command.get_matches_mut()).unwrap_or_else(|error| error.exit());
+        Arguments::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
     let outcome = match arguments.command {
         Command::Verify(arguments) => verify(&arguments),
         Command::Throughput(arguments) => throughput(arguments).map(|()| true),
         Command::Compare(arguments) => compare(&arguments).map(|()| true),
-        Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut command, "ddtas-bench", &mut script);
-            print(|out| out.write_all(&script)).map(|()| true)
-        }
-        Command::Man => print(|out| clap_mangen::Man::new(command).render(out)).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
