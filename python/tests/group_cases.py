@@ -281,7 +281,7 @@ def own_references_are_gathered_and_get_their_gradient(world):
                 if mine.numel():
                     close(mine, whole * scale, tolerance)
     if world.size > 1:
-        with raises(ValueError, f"rank {world.size - 1} has 7 rows, and rank 0 8"):
+        with raises(ValueError, f"rank {world.size - 1} has 7 references, and rank 0 8"):
             last = world.rank == world.size - 1
             rows, labels = batch(8)
             strict = SoftContrastiveLoss(group=world.group, gather_references=True)
@@ -290,6 +290,20 @@ def own_references_are_gathered_and_get_their_gradient(world):
             strict(rows, labels, ref_emb=rows[:, : 7 if last else DIM], ref_labels=labels)
         with raises(ValueError, f"rank {world.size - 1} has references that require no gradient, and rank 0"):
             strict(rows, labels, ref_emb=(rows + 1).requires_grad_(not last), ref_labels=labels)
+        lax = SoftContrastiveLoss(group=world.group, gather_references=True, check=not last)
+        with raises(ValueError, f"rank {world.size - 1} has check=False, and rank 0 check=True"):
+            lax(rows, labels, ref_emb=rows + 1, ref_labels=labels)
+        with raises(RuntimeError, f"rank {world.size - 1}: Cannot copy out of meta tensor"):
+            strict(rows, labels, ref_emb=rows + 1, ref_labels=labels.to("meta") if last else labels)
+        # Labels in a column of a table.
+        apart = torch.stack([labels, labels], 1)[:, 0]
+        for devices in (nullcontext(), emulated_gpu()):
+            with devices:
+                values = [strict(rows, its, ref_emb=(rows + 1).requires_grad_(), ref_labels=its) for its in (labels, apart)]
+                assert values[0] == values[1] == strict(rows, apart, ref_emb=rows + 1, ref_labels=labels) > 0
+        none = rows[:0].requires_grad_()
+        strict(rows, labels - (torch.arange(8) <= world.rank) * 100, ref_emb=none, ref_labels=labels[:0])
+        assert strict.statistics["ignored"] == sum(range(1, world.size + 1))
         bad = rows + 1
         if last:
             bad[3, 2] = torch.inf

@@ -191,6 +191,8 @@ class SoftContrastiveLoss(nn.Module):
                 if ref_emb.dtype != embeddings.dtype:
                     wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
                     embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
+                ref_labels = ref_labels.to(embeddings.device, torch.int64)
+            labels = labels.to(embeddings.device, torch.int64)
         given = embeddings, labels, ref_emb, ref_labels, None
         return self._loss(*given, self.normalize_embeddings, self._check, ranks, queue=False)
 
@@ -241,10 +243,12 @@ class SoftContrastiveLoss(nn.Module):
         ranks = self.ranks
         with RaiseOnAllRanks(ranks):
             check_labels("labels", labels)
+            labels = labels.to(rows.device, torch.int64)
             if references is not None:
                 check_one_device(rows, "references", references)
             if reference_labels is not None:
                 check_labels("labels of the references", reference_labels)
+                reference_labels = reference_labels.to(rows.device, torch.int64)
             if identity is not None:
                 check_labels("identity", identity)
                 identity = identity.to(rows.device, torch.int64)
@@ -264,8 +268,6 @@ class SoftContrastiveLoss(nn.Module):
         queue: bool,
     ) -> Tensor:
         """`queue`: the references are those of a memory, which has few rows at first and is the same in all processes."""
-        if reference_labels is not None:
-            reference_labels = reference_labels.to(rows.device, torch.int64)
         settings, pos, neg = self._settings, self.lambda_pos, self.lambda_neg
         numbers = (
             settings.gamma,
@@ -284,7 +286,7 @@ class SoftContrastiveLoss(nn.Module):
             references,
             pos if isinstance(pos, Tensor) else None,
             neg if isinstance(neg, Tensor) else None,
-            labels.to(rows.device, torch.int64),
+            labels,
             reference_labels,
             identity,
             settings.mining,

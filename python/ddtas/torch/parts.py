@@ -15,7 +15,7 @@ from .. import _ddtas
 from ..functional import DEFAULTS
 from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
-from .operator import CHECK_AND_WAIT, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
+from .operator import CHECK_AND_WAIT, CHECKED, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
 from .operator import check_sides, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Fingerprint, Ranks
 from .steps import CpuSteps, GpuSteps, OwnReferences, PartOfBatch, Steps
@@ -25,6 +25,7 @@ _NO_REFERENCE_GRADIENT = (
     "say gather_references=True if each process has its own"
 )
 
+_CHECKS = {UNCHECKED: "False", CHECKED: "True", CHECK_AND_WAIT: '"wait"'}
 FINGERPRINT_ROWS = 1024
 """References are compared between processes by at most about this many rows."""
 STEPS_FROM = 2**36
@@ -56,6 +57,8 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
         check_sides(*call[:5])
         if kind is GpuSteps:
             engine.on_gpu(rows)
+        reference_labels = None if call.reference_labels is None else laid_out(call.reference_labels)
+        call = call._replace(labels=laid_out(call.labels), reference_labels=reference_labels)
         own = _ready(engine, call, rows, kind, False)
         against = "each other"
         if references is not None:
@@ -69,6 +72,7 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
                 fingerprint = _fingerprint(references, call.reference_labels)
         of = "any length" if call.normalize else "unit length"
         about = f"rows of {rows.shape[1]} {rows.dtype} of {of} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
+        about += f", check={_CHECKS[call.check]}"
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
     exchange = ranks.handshake(rows, about, error, fingerprint)
@@ -77,7 +81,7 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
     if references is not None:
         columns = references.shape[0] if of_references is None else of_references.total
     if exchange.total == 0 or columns == 0:
-        return loss_without_pairs(engine, call, numbers)
+        return loss_without_pairs(engine, call._replace(labels=exchange.gather_rows(call.labels)), numbers)
     if kind is GpuSteps and _spared(exchange, of_references, rows.shape[1], columns, call) < STEPS_FROM:
         return loss_of_gathered_rows(ranks, exchange, call, of_references)
     exchange.waits = kind.waits
@@ -104,7 +108,8 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
 
 def _handshake_of_references(ranks: Ranks, call: Call) -> BatchExchange:
     assert call.references is not None
-    return ranks.handshake(call.references, f"references that require {'a' if call.reference_gradient else 'no'} gradient")
+    about = f"references that require {'a' if call.reference_gradient else 'no'} gradient"
+    return ranks.handshake(call.references, about, counted="references")
 
 
 def _fingerprint(rows: Tensor, labels: Tensor | None) -> Fingerprint:

@@ -101,7 +101,12 @@ class Ranks:
             raise ValueError(f"the rows are on {rows.device}, and the group carries those of {' and '.join(self.devices)} alone")
 
     def handshake(
-        self, rows: Tensor, about: str, error: Exception | None = None, references: Fingerprint = (0.0, 0.0)
+        self,
+        rows: Tensor,
+        about: str,
+        error: Exception | None = None,
+        references: Fingerprint = (0.0, 0.0),
+        counted: str = "rows",
     ) -> BatchExchange:
         """Gathers each process's number of rows, its description `about` of the call, and its error if it has one.
 
@@ -133,9 +138,8 @@ class Ranks:
                     "or say gather_references=True for those of each process"
                 )
             if counts[rank] != counts[0] and not self.uneven:
-                raise ValueError(
-                    f"rank {rank} has {counts[rank]} rows, and rank 0 {counts[0]}: say uneven=True, or leave out the last batch"
-                )
+                both = f"rank {rank} has {counts[rank]} {counted}, and rank 0 {counts[0]}"
+                raise ValueError(f"{both}: say uneven=True, or leave out the last batch")
         return BatchExchange(self, counts, rows.device)
 
     def fail(self, error: Exception) -> None:

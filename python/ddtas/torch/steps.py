@@ -183,7 +183,6 @@ class GpuSteps:
     def __init__(self, engine: Engine, batch: PartOfBatch) -> None:
         self.engine, self.batch = engine, batch
         self.part: Any = None
-        self.held: list[Tensor] = []
         if batch.square:
             self.all_labels = batch.reference_labels
         elif batch.own_references is not None:
@@ -284,10 +283,8 @@ class GpuSteps:
         identity: tuple[int | None, int],
         check: bool,
     ) -> Any:
-        """A part of these rows, which are held until the steps have been issued."""
+        """A part of these rows, which `batch` holds until the steps have been issued."""
         gpu, place = self.engine.on_gpu(rows)
-        labels, reference_labels = laid_out(labels), laid_out(reference_labels)
-        self.held += [labels, reference_labels]
         sides = [target_of(rows, labels, gradient), target_of(references, reference_labels)]
         mining, *numbers = astuple(self.batch.settings)
         make = getattr(_ddtas, "CudaPart")

@@ -30,8 +30,9 @@ pub struct Options {
 
 /// The passes on one device, with their workspaces.
 ///
-/// The workspace of the loss is allocated on the first call and again only for a larger batch. The threshold and the retrieval pass have workspaces of their own,
-/// allocated on first use, so that the pairs of the last loss survive them.
+/// The workspace of the loss is allocated on the first call and again only for a larger batch. The threshold
+/// and the retrieval pass have workspaces of their own, allocated on first use, so that the pairs of the last
+/// loss survive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,
     /// Bytes for the candidates of a loss.
