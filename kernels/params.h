@@ -233,7 +233,7 @@ typedef struct Pairs {
     uint32_t dim;                /* D */
     uint32_t pool;               /* size of the pool of candidates, in units of 4 */
     uint64_t tiles;              /* tiles of S: of the upper triangle in the square form, else all */
-    uint32_t total;              /* the B of 1/B: more than the anchors here, if these are a part of a batch */
+    uint32_t total;              /* the B of 1/B, of the whole batch if this is a part of one */
     uint32_t band;               /* tile columns of a band of the sweep, a power of two: tile_at() in tile_order.cuh */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */

@@ -24,6 +24,11 @@ def batch(count=90, seed=0, dtype=torch.float32):
     return torch.tensor(3 * rows, dtype=dtype), torch.tensor(labels)
 
 
+def with_gaps(rows, labels):
+    """The same, transposed in memory and in a column of a table."""
+    return rows.T.contiguous().T, torch.stack([labels, -labels], 1)[:, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["square", "references", "learned", "memory"])
 def test_the_kernels_give_the_answers_of_the_processor(form, dtype):
@@ -31,8 +36,8 @@ def test_the_kernels_give_the_answers_of_the_processor(form, dtype):
     for device in (nullcontext(), emulated_gpu()):
         threshold = torch.nn.Parameter(torch.tensor([0.6]))
         loss = SoftContrastiveLoss(lambda_neg=threshold if form == "learned" else 0.6)
-        rows, labels = batch(dtype=dtype)
-        others, other_labels = batch(33, 1, dtype)
+        rows, labels = with_gaps(*batch(dtype=dtype))
+        others, other_labels = with_gaps(*batch(33, 1, dtype))
         more = {"ref_emb": others.requires_grad_(), "ref_labels": other_labels} if form in ("references", "learned") else {}
         module = CrossBatchMemory(loss, DIM, 110) if form == "memory" else loss
         with device:
@@ -88,6 +93,8 @@ def test_searches_threshold_gradients_and_the_generator_give_the_processor_s_num
     others, other_labels = batch(33, 1, dtype)
     unit, others = (torch.nn.functional.normalize(side.float(), dim=1).to(dtype) for side in (rows, others))
     tangents = [torch.randn(side.shape, generator=torch.Generator().manual_seed(3)) for side in (unit, others)]
+    (unit, labels), (others, other_labels) = with_gaps(unit, labels), with_gaps(others, other_labels)
+    rows, *tangents = (side.T.contiguous().T for side in (rows, *tangents))
     torch.manual_seed(0)
     network, found = torch.nn.Linear(DIM, 12), []
     for device in (nullcontext(), emulated_gpu()):
@@ -122,7 +129,7 @@ def test_arguments_of_another_shape_type_or_place_are_refused():
             with pytest.raises(kind, match=message):
                 threshold_gradient(*given)
         for given, kind, message in (
-            ((rows[0], labels), ValueError, "must have 2 dimensions"),
+            ((rows[0], labels), ValueError, "queries must have 2 dimensions"),
             ((rows, labels[:3]), ValueError, r"labels must be \[20\], not \[3\]"),
             ((rows, labels, [0]), ValueError, "0"),
             ((rows.int(), labels), TypeError, "must be float32, float16"),

@@ -15,7 +15,8 @@ use crate::loss::{Batch, PairTotals, RowNumbers, UnitCheck};
 /// are anchors of no part, if there are any. `identity` of the references says which of them the anchors are.
 /// Each part has a context of its own. Between the steps the caller gathers the results of all parts and
 /// passes them in `part`. From the numbers of its references a part sums its own rows of the gradient, so no
-/// gradients are exchanged.
+/// gradients are exchanged. For the gradient of references that are no anchors, they take the anchors' place in
+/// parts of their own (docs/parts.md, "The gradient of references"); these may have more rows than `total`.
 ///
 /// `settings` NULL means the paper's values; they hold for all four steps. All steps take the same rows.
 /// After a failed step, or a ddtas_loss in between, start again with ddtas_same_class. If all steps get the

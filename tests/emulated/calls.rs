@@ -14,6 +14,25 @@ use ddtas_cases::random::{Draw, draw, tangent};
 use super::{golden_case, random_rows};
 
 #[test]
+fn the_workspace_has_the_bytes_that_it_says() {
+    let case = golden_case("paper_batch80");
+    let bytes = |budget| {
+        let mut backend = emulated::open(Options { budget: Some(budget), ..Options::default() }, 13);
+        let after = |backend: &mut dyn Backend| {
+            backend.loss(&case.batch(), &case.settings, &mut LossOutput::default()).unwrap();
+            backend.workspace_bytes()
+        };
+        let first = after(&mut *backend);
+        assert_eq!(first, after(&mut *backend), "a second loss needs no more");
+        first
+    };
+    let (nothing, some) = (bytes(0), bytes(4096));
+    // Regions are aligned, so the rest may grow a little.
+    assert!((4096..4096 + 1024).contains(&(some - nothing)), "{nothing} bytes for 0, {some} for 4096");
+    assert!(nothing > size_of_val(case.batch().anchors.labels), "room for the rows");
+}
+
+#[test]
 fn the_threshold_pass_needs_its_loss() {
     let case = golden_case("one_class");
     let mut backend = emulated::open(Options::default(), 11);

@@ -57,7 +57,9 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let without_cache = FolderSettings { cache_bytes: 0, ..FolderSettings::default() };
     let split = folder(&arguments.data_root, &without_cache)?.train;
-    let augment = AugmentSettings { jitter: arguments.jitter, ..AugmentSettings::default() };
+    // The crops of `RandomResizedCrop` in benches/loader.py.
+    let augment =
+        AugmentSettings { smallest_crop: 0.4, jitter: arguments.jitter, ..AugmentSettings::default() };
     let sampler = PkSampler::new(split.by_class(), CLASSES, PER_CLASS, 0)?;
     let settings = LoaderSettings {
         augment: augment.clone(),

@@ -89,12 +89,13 @@ def check_sides(
     references: Tensor | None = None,
     reference_labels: Tensor | None = None,
     identity: Tensor | None = None,
+    name: str = "anchors",
 ) -> None:
     """Checks types, shapes and devices: the compiled module gets addresses only, and would read beyond a tensor's memory."""
     if rows.dtype not in TYPES:
-        raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {_name(rows.dtype)}")
+        raise TypeError(f"the {name} must be float32, float16, bfloat16 or float64, not {_name(rows.dtype)}")
     if rows.ndim != 2:
-        raise ValueError(f"the anchors must have 2 dimensions, rows and entries, not {rows.ndim}")
+        raise ValueError(f"the {name} must have 2 dimensions, rows and entries, not {rows.ndim}")
     _check_integers("labels", labels, rows, rows)
     check_pair(references, reference_labels)
     if references is None or reference_labels is None:

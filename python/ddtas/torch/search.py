@@ -38,7 +38,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     labels = laid_out(labels.to(rows.device, torch.int64))
     if not SHARED.on_a_gpu(rows):
         return functional.recall_at_k(rows, labels, ks)
-    check_sides(rows, labels)
+    check_sides(rows, labels, name="queries")
     gpu, place = SHARED.on_gpu(rows)
     return functional.recall_of(gpu.recall_at_k(place, target_of(rows, labels), functional.depths_of(ks)))
 
