@@ -173,8 +173,8 @@ fn measure_batch<T: Timed>(
     let times = time(settings.seconds, loss)?;
     // 0 bytes in use: the program's allocator does not count.
     let counted = (before > 0).then(|| PeakAlloc.peak_usage().saturating_sub(before));
-    let on_device = if is_gpu(&backend.name()) { backend.workspace_bytes() } else { 0 };
     let name = backend.name();
+    let on_device = if is_gpu(&name) { backend.workspace_bytes() } else { 0 };
     drop(backend);
 
     let floor = match name.parse() {

@@ -84,6 +84,7 @@ fn what_throughput_prints_can_be_compared() {
 #[test]
 fn the_version_names_the_instruction_set_and_a_table_can_be_printed_quietly() {
     let output = bench(&["--version"]).output().unwrap();
+    assert!(output.status.success());
     assert!(String::from_utf8(output.stdout).unwrap().contains("instruction set: "));
     let output = measured("--quiet");
     assert!(output.stderr.is_empty() && !output.stdout.is_empty());

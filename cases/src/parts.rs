@@ -45,7 +45,7 @@ pub fn loss_in_parts(
     let part = |(first, end): (usize, usize)| {
         Batch::part(slice(all, first, end), all.view(), Identity::From(first), total)
     };
-    Ok(four_steps(backends, &part, lengths, true, settings, (tangent, None))?.0)
+    four_steps(backends, &part, lengths, true, settings, (tangent, None))
 }
 
 /// A rectangular batch, its anchors in parts of these `lengths`. The gradient of its references is that of
@@ -64,8 +64,8 @@ pub fn rectangular_in_parts(
     let part = |(first, end): (usize, usize)| {
         Batch::part(slice(&anchors, first, end), references.view(), Identity::ByValue, total)
     };
-    let (mut found, totals) =
-        four_steps(backends, &part, lengths[0], false, settings, (tangents.0, Some(tangents.1)))?;
+    let mut found = four_steps(backends, &part, lengths[0], false, settings, (tangents.0, Some(tangents.1)))?;
+    let totals = found.output.pair_totals();
     let Together { output: LossOutput { min_pos, max_neg, count_pos, count_neg, .. }, .. } = &found;
     let ranges = ranges(lengths[1]);
     let mut outputs: Vec<LossOutput> = ranges.iter().map(|_| LossOutput::default()).collect();
@@ -87,8 +87,7 @@ pub fn rectangular_in_parts(
     Ok(found)
 }
 
-/// The steps of all parts; `square` if the references begin with the anchors. Also returns the totals that the
-/// tolerances adapt to.
+/// The steps of all parts; `square` if the references begin with the anchors.
 fn four_steps<'a>(
     backends: &mut [Box<dyn Backend>],
     part: &(impl Fn((usize, usize)) -> Batch<'a> + Sync),
@@ -96,7 +95,7 @@ fn four_steps<'a>(
     square: bool,
     settings: &LossSettings,
     (tangent, reference_tangent): (ArrayView2<'_, f32>, Option<ArrayView2<'_, f32>>),
-) -> Result<(Together, PairTotals)> {
+) -> Result<Together> {
     let ranges = ranges(lengths);
     let mut outputs: Vec<LossOutput> = lengths.iter().map(|_| LossOutput::default()).collect();
 
@@ -146,7 +145,7 @@ fn four_steps<'a>(
         gamma_neg,
         ..together.output
     };
-    Ok((together, totals))
+    Ok(together)
 }
 
 /// The first row of each part, and the one after its last.

@@ -60,11 +60,11 @@ def evaluate(
     """Searches for each row of `embeddings` among the other rows, or in a gallery, and returns the retrieval metrics.
 
     Rows must have unit length, in float32, float16 or bfloat16; float64 arrays are compared in float32. `identity` says which
-    gallery rows are the queries themselves, as in `loss`; a query is left out of its own list. Without it a query that is in the gallery finds itself: duplicates are not
-    recognised. Equally similar rows are ranked by their index. Rows with a negative label are neither queries nor answers, and
-    queries without an answer are not counted. With `nmi=True` all queries without a negative label are clustered by k-means, with
-    as many clusters as they have classes, at most 20 iterations, and centres drawn with `seed`; float32 only. NMI is 1 if there
-    is one class. Besides the rows, memory grows with the number of queries only.
+    gallery rows are the queries themselves, as in `loss`; a query is left out of its own list. Without it a query that is in the
+    gallery finds itself: duplicates are not recognised. Equally similar rows are ranked by their index. Rows with a negative label
+    are neither queries nor answers, and queries without an answer are not counted. With `nmi=True` all queries without a negative
+    label are clustered by k-means, with as many clusters as they have classes, at most 20 iterations, and centres drawn with
+    `seed`; float32 only. NMI is 1 if there is one class. Besides the rows, memory grows with the number of queries only.
 
     Raises what `loss` does.
     """

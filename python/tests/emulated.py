@@ -35,7 +35,7 @@ def emulated_gpu(steps_from=0):
         return operator._as_outputs(operator._on_gpu(operator.Call(*given)))
 
     with (
-        patched(Engine, on_gpu=on_gpu, on_a_gpu=lambda engine, rows: True),
+        patched(Engine, on_gpu=on_gpu, uses_gpu=lambda engine, rows: True),
         patched(operator, _on_cpu=operator._on_gpu),
         patched(parts, steps_for=lambda _: GpuSteps, STEPS_FROM=steps_from, whole_loss=whole_loss),
     ):

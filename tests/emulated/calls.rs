@@ -29,7 +29,8 @@ fn the_workspace_has_the_bytes_that_it_says() {
     let (nothing, some) = (bytes(0), bytes(4096));
     // Regions are aligned, so the rest may grow a little.
     assert!((4096..4096 + 1024).contains(&(some - nothing)), "{nothing} bytes for 0, {some} for 4096");
-    assert!(nothing > size_of_val(case.batch().anchors.labels), "room for the rows");
+    let rows = case.batch().anchors.embeddings;
+    assert!(nothing > rows.rows() * rows.dim() * size_of::<f32>(), "room for the rows");
 }
 
 #[test]

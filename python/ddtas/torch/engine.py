@@ -53,7 +53,7 @@ class Engine:
         device = rows.get_device()
         return self.gpu, (device, getattr(torch._C, "_cuda_getCurrentRawStream")(device))
 
-    def on_a_gpu(self, rows: Tensor) -> bool:
+    def uses_gpu(self, rows: Tensor) -> bool:
         """Whether rows are computed by `on_gpu`'s context."""
         return rows.is_cuda
 

@@ -210,7 +210,7 @@ class ThresholdGenerator:
         if not tangent.isfinite().all():
             return 0.0, 0.0
         tangent = tangent if tangent.dtype == torch.float64 else tangent.float()
-        if self._engine.on_a_gpu(rows):
+        if self._engine.uses_gpu(rows):
             sums = search.threshold_gradient(rows, labels, tangent, settings=settings, check=False)
         else:
             given = [laid_out(tensor) for tensor in (rows, labels, tangent)]

@@ -1,7 +1,8 @@
 """The loss of a batch whose rows are spread over the processes of a group.
 
 It is computed in four steps, with an all-gather after each (docs/parts.md, "Four steps"). Each process computes the gradient of its
-own rows and references only, and no gradient is sent. On GPUs, a batch that is too small for that to pay is computed whole in every process.
+own rows and references only, and no gradient is sent. On GPUs, a batch that is too small for that to pay is computed whole in
+every process.
 """
 
 from __future__ import annotations

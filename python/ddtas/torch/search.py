@@ -36,7 +36,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     rows = laid_out(_unit("queries", embeddings))
     check_labels("labels of the queries", labels)
     labels = laid_out(labels.to(rows.device, torch.int64))
-    if not SHARED.on_a_gpu(rows):
+    if not SHARED.uses_gpu(rows):
         return functional.recall_at_k(rows, labels, ks)
     check_sides(rows, labels, name="queries")
     gpu, place = SHARED.on_gpu(rows)
@@ -72,7 +72,7 @@ def evaluate(
     queries, labels, depths = laid_out(rows.cpu()), laid_out(labels.cpu()), functional.depths_of(ks)
     given: Any = (queries, labels, others, other_labels, identity, depths)
     context = functional.context_of(None)
-    if SHARED.on_a_gpu(rows):
+    if SHARED.uses_gpu(rows):
         gpu, place = SHARED.on_gpu(rows)
         found = gpu.query_metrics(place, *given)
     else:
@@ -104,7 +104,7 @@ def threshold_gradient(
     if reference_labels is not None:
         check_labels("labels of the references", reference_labels)
         reference_labels = laid_out(reference_labels)
-    if not SHARED.on_a_gpu(rows):
+    if not SHARED.uses_gpu(rows):
         return functional.threshold_gradient(
             rows, labels, tangent, others, reference_labels, reference_tangent, identity=identity, settings=settings, check=check
         )

@@ -19,13 +19,12 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let changeable = || Overrides::names().chain(RANKS);
     let command = crate::command();
-    let refused = command
-        .get_arguments()
-        .map(|argument| argument.get_id().as_str())
-        .find(|&id| given(id) && !changeable().chain(OTHERS).any(|allowed| allowed == id));
-    if let Some(id) = refused {
-        let of_id = command.get_arguments().find(|argument| argument.get_id() == id);
-        let flag = of_id.and_then(clap::Arg::get_long).unwrap_or(id);
+    let refused = command.get_arguments().find(|argument| {
+        let id = argument.get_id().as_str();
+        given(id) && !changeable().chain(OTHERS).any(|allowed| allowed == id)
+    });
+    if let Some(argument) = refused {
+        let flag = argument.get_long().unwrap_or(argument.get_id().as_str());
         let changeable: Vec<_> = changeable().map(|id| format!("--{}", id.replace('_', "-"))).collect();
         let changeable = changeable.join(", ");
         let reason = format!(
