@@ -40,8 +40,8 @@ python() {
 
     echo "three processes train as one does"
     # Ten steps: the last bits, which differ, grow to some per cent of the loss in thirty.
-    "$python" "${recipe[@]}" --steps 10 --out "$place/one" >"$place/one.txt"
-    "${torchrun[@]}" 3 "${recipe[@]}" --steps 10 --out "$place/three" >"$place/three.txt" 2>"$place/log" || said
+    "$python" "${recipe[@]}" --steps 10 --output "$place/one" >"$place/one.txt"
+    "${torchrun[@]}" 3 "${recipe[@]}" --steps 10 --output "$place/three" >"$place/three.txt" 2>"$place/log" || said
     figures() { sed -n 's/step 10, loss \([0-9.]*\), lambda \([0-9.]*\)$/\1 \2/p' "$place/$1.txt"; }
     paste -d ' ' <(figures one) <(figures three) | awk '
         function differ(a, b) { return a <= 0 || (b - a) ^ 2 > (0.001 * a) ^ 2 }
@@ -50,7 +50,7 @@ python() {
     tail -n 1 "$place/three.txt"
 
     echo "a killed process ends the others, and the run goes on with two"
-    "${torchrun[@]}" 3 "${recipe[@]}" --steps 100000 --save-every 5 --out "$place/recipe" &>"$place/log" &
+    "${torchrun[@]}" 3 "${recipe[@]}" --steps 100000 --checkpoint-every 5 --output "$place/recipe" &>"$place/log" &
     mpirun=$!
     # By then the checkpoint of step 10 is complete.
     until grep -q "step 20," "$place/log"; do
@@ -59,7 +59,7 @@ python() {
     done
     kill -9 "$(rank_of 1)"
     ended killed "exitcode.*-9"
-    "${torchrun[@]}" 2 "${recipe[@]}" --steps 100000 --save-every 5 --out "$place/recipe" --resume &>"$place/log" &
+    "${torchrun[@]}" 2 "${recipe[@]}" --steps 100000 --checkpoint-every 5 --output "$place/recipe" --resume &>"$place/log" &
     mpirun=$!
     until grep -q "step 30," "$place/log"; do
         kill -0 "$mpirun" || said

@@ -209,8 +209,8 @@ typedef struct ddtas_context_options {
      */
     const char *device;
     /**
-     * Threads of a CPU context besides the calling one: 1 to 1024; 0 means one per core. The result is the
-     * same bit for bit whatever their number.
+     * Threads of a CPU context, which compute while the calling one waits: 1 to 1024; 0 means as many as
+     * RAYON_NUM_THREADS says, else one per core. The result is the same bit for bit whatever their number.
      */
     size_t threads;
     /**

@@ -1,12 +1,12 @@
 """Trains an image-retrieval network on one device or several, and measures it on classes it never saw.
 
     ddtas-train splits --dataset cub200 --data-root DIR >splits.tsv
-    torchrun --nproc-per-node 4 examples/python/train.py splits.tsv --backbone timm:resnet50 --out run
-    python examples/python/train.py splits.tsv --out run --resume          # resumes, on any number of devices
+    torchrun --nproc-per-node 4 examples/python/train.py splits.tsv --backbone timm:resnet50 --output run
+    python examples/python/train.py splits.tsv --backbone timm:resnet50 --output run --resume    # on any number of devices
 
 Every process has a share of each batch, and the loss is that of the whole batch: mining sees the rows of all processes.
 A line of splits.tsv has a class, a split (train, test, gallery) and a path, separated by tabs. Needs pillow, and
-torchvision or timm for a backbone of theirs. Flags have the names they have in ddtas-train.
+torchvision or timm for a backbone of theirs. Flags have the names of ddtas-train's; with --resume give those of the run again.
 """
 
 import argparse
@@ -133,8 +133,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("splits", type=Path, help="The lines that `ddtas-train splits` prints, in a file.")
-    parser.add_argument("--out", type=Path, default="run", help="Folder of the checkpoint.")
-    parser.add_argument("--backbone", default="tiny", help="tiny (random weights), timm:NAME or torchvision:NAME (pretrained).")
+    parser.add_argument("--output", type=Path, default="run", help="Folder of the checkpoint.")
+    backbone_help = "tiny (random weights), or a pretrained convolutional one: timm:NAME or torchvision:NAME."
+    parser.add_argument("--backbone", default="tiny", help=backbone_help)
     parser.add_argument("--image-size", type=int, default=224, help="Side of the pictures that the network sees, in pixels.")
     parser.add_argument("--embedding-dim", type=int, default=512, help="Dimensions of an embedding.")
     parser.add_argument("--classes-per-batch", type=int, help="Classes in a batch, over all processes; 16 if not given, or all.")
@@ -149,10 +150,10 @@ def main() -> None:
     generator_help = "Whether the threshold is learned, by a virtual step of the embedding head."
     parser.add_argument("--generator", choices=["off", "head"], default="off", help=generator_help)
     parser.add_argument("--amp", action="store_true", help="Run the network in bfloat16 where torch's autocast does.")
-    parser.add_argument("--save-every", type=int, default=200, help="Steps between two checkpoints.")
+    parser.add_argument("--checkpoint-every", type=int, default=200, help="Steps between two checkpoints.")
     parser.add_argument("--workers", type=int, default=4, help="Processes that read pictures, for each training process.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights, batches and augmentation.")
-    parser.add_argument("--resume", action="store_true", help="Resume from the checkpoint in --out.")
+    parser.add_argument("--resume", action="store_true", help="Resume from the checkpoint in --output.")
     options = parser.parse_args()
 
     lines = [line.rstrip("\n").split("\t") for line in options.splits.open()]
@@ -187,7 +188,7 @@ def main() -> None:
         generator = ThresholdGenerator(pair_loss, network.head)
         network.head.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate)
-    checkpoint, first = options.out / "checkpoint.pt", 0
+    checkpoint, first = options.output / "checkpoint.pt", 0
     if options.resume:
         state = torch.load(checkpoint, map_location=device)
         network.load_state_dict(state["network"])
@@ -218,8 +219,8 @@ def main() -> None:
         if step % 10 == 0 or step == options.steps:
             learned = f", lambda {pair_loss.settings.lambda_pos:.4f}" if generator else ""
             say(f"step {step}, loss {loss.item():.6f}{learned}", flush=True)
-        if rank == 0 and (step % options.save_every == 0 or step == options.steps):
-            options.out.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and (step % options.checkpoint_every == 0 or step == options.steps):
+            options.output.mkdir(parents=True, exist_ok=True)
             state = {"network": network.state_dict(), "loss": loss_fn.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"generator": generator.state_dict()} if generator else {}
             torch.save(state | {"step": step}, checkpoint.with_suffix(".new"))

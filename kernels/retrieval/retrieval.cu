@@ -1,5 +1,5 @@
 // retrieval.cu: the k most similar references of each query, without the Q x N matrix (SPEC 6).
-// Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
+// Truth: a full sort (cases/src/run.rs). Launcher: src/backend/device/retrieval.rs.
 //
 // retrieval: a block compares a query tile with its share of the references' tiles. Its warps, 4 x 2, have 32 rows and 64 columns
 // of each tile, and a list for each row (query_lists.cuh).

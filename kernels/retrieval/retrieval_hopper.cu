@@ -1,5 +1,5 @@
 // retrieval_hopper.cu: retrieval.cu on Hopper (sm_90a).
-// Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
+// Truth: a full sort (cases/src/run.rs). Launcher: src/backend/device/retrieval.rs.
 //
 // A block compares a query tile with its share of the references' tiles. One thread copies; one or two teams run mainloop and
 // epilogue in ping-pong (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each row (query_lists.cuh).

@@ -69,6 +69,14 @@ def test_nmi_is_that_of_clusters_that_are_the_classes():
         ddtas.evaluate(rows.astype(np.float16), labels, nmi=True)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_nmi_of_tensors_takes_every_type(dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    labels = torch.arange(120) % 6
+    rows = torch.eye(7)[labels] + 0.05 * torch.randn(120, 7, generator=torch.Generator().manual_seed(3))
+    assert ddtas.torch.evaluate(rows.to(getattr(torch, dtype)), labels, nmi=True).nmi == pytest.approx(1)
+
+
 def test_what_cannot_be_judged_is_refused():
     rows, labels = drawn(30, 4)
     for call, message in [

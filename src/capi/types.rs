@@ -145,8 +145,8 @@ pub struct ContextOptions {
     pub struct_size: usize,
     /// "cpu", "cuda", "cuda:N", or "auto": the first GPU if there is one, else the CPU. NULL is "auto".
     pub device: *const c_char,
-    /// Threads of a CPU context besides the calling one: 1 to 1024; 0 means one per core. The result is the
-    /// same bit for bit whatever their number.
+    /// Threads of a CPU context, which compute while the calling one waits: 1 to 1024; 0 means as many as
+    /// RAYON_NUM_THREADS says, else one per core. The result is the same bit for bit whatever their number.
     pub threads: usize,
     /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same result bit
     /// for bit on the CPU. 0 means the default: 6 KiB per row on the CPU, a quarter of the free memory on a

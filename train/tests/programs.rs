@@ -265,6 +265,12 @@ fn splits_refuses_names_that_no_line_can_hold() {
     folder_of_pictures(&place().join("listed"), 4, 2);
     let list = "splits --dataset folder --data-root listed";
     assert_eq!(printed(list).lines().count(), 8);
+    // The default set is drawn in memory, so that nothing of it can be listed.
+    let unnamed = ddtas_train("splits").output().unwrap();
+    assert!(
+        String::from_utf8_lossy(&unnamed.stderr).contains("not provided:\n  --dataset <DATASET>"),
+        "{unnamed:?}"
+    );
     for name in [&b"tab\t.png"[..], b"line\n.png", b"caf\xe9.png"] {
         let below = Path::new("listed/class00").join(std::ffi::OsStr::from_bytes(name));
         let odd = place().join(&below);

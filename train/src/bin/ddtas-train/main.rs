@@ -25,7 +25,7 @@ use ddtas_train::train::{Preset, TrainSettings};
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
 ///
-/// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores. -h lists the settings of
+/// Without arguments it trains on car silhouettes drawn in memory, in about a minute on two cores. -h lists the settings of
 /// a first run, --help all of them; each subcommand has its own --help.
 #[derive(Parser)]
 #[command(
@@ -78,7 +78,8 @@ fn command() -> clap::Command {
     // Subcommands share settings with training, but are short enough to show all of theirs.
     let shown = |argument: clap::Arg| numbers(argument).hide_short_help(false);
     let command = Arguments::command().version(shell::version());
-    command.mut_args(numbers).mut_subcommands(|command| command.mut_args(shown))
+    let command = command.mut_args(numbers).mut_subcommands(|command| command.mut_args(shown));
+    command.mut_subcommand("splits", splits::on_disk)
 }
 
 /// Flags of other programs, and what to use instead.

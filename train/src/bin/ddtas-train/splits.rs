@@ -12,6 +12,16 @@ pub struct SplitsArguments {
     dataset: DatasetSettings,
 }
 
+/// The subcommand's arguments: a data set on disk, and none of the settings that only drawn or cropped pictures have.
+pub fn on_disk(command: clap::Command) -> clap::Command {
+    command
+        .mut_arg("dataset", |argument| {
+            argument.required(true).default_value(clap::builder::Resettable::Reset)
+        })
+        .mut_arg("crop_to_box", |argument| argument.hide(true))
+        .mut_arg("data_seed", |argument| argument.hide(true))
+}
+
 /// Whether `text` contains a separator of the output.
 fn breaks_lines(text: &str) -> bool {
     text.contains(['\t', '\n', '\r'])
