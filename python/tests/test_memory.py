@@ -389,3 +389,27 @@ def test_what_the_other_library_s_arguments_are_replaced_by_is_said():
             with pytest.raises(TypeError, match=f"has no argument {argument}.*" if argument != "other" else "other$") as told:
                 make(**{argument: None})
             assert argument == "other" or instead in str(told.value)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_call_that_a_backward_pass_repeats_is_refused(use_reentrant):
+    embeddings, labels = next(batches(1, 20))
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    loss = checkpoint(lambda rows: memory(rows, labels), embeddings.requires_grad_(), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="was called in a backward pass, as activation checkpointing does"):
+        loss.backward()
+    assert memory.filled == 20, "it would be queued twice, and differentiated against the second time"
+
+
+def test_tensors_put_in_the_place_of_the_index_keep_its_value():
+    embeddings, labels = next(batches(1, 20))
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
+    memory(embeddings, labels)
+    with torch.device("meta"):
+        again = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
+    # The order in which transformers fills a module: the state first, last what is in no state_dict, by any values.
+    again.set_extra_state(memory.get_extra_state())
+    again.embedding_memory, again.label_memory = memory.embedding_memory.clone(), memory.label_memory.clone()
+    again.queue_idx, again._count = torch.tensor(7), torch.tensor(9)
+    assert again.filled == 20 and again(embeddings, labels) == memory(embeddings, labels)

@@ -318,6 +318,25 @@ def test_thresholds_that_are_tensors_are_saved_and_loaded():
     assert not computed.state_dict(), "what it is computed from is saved elsewhere"
 
 
+def test_thresholds_that_are_tensors_are_buffers():
+    shared = torch.tensor(0.4, dtype=torch.float64)
+    loss = SoftContrastiveLoss(lambda_pos=shared, lambda_neg=shared)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), loss).to(torch.float16)
+    # The averaged copy is kept in step, and from_pretrained of transformers trains what is no buffer.
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    assert loss.lambda_pos is loss.lambda_neg is shared and shared.dtype == torch.float64, "others change this tensor"
+    shared.fill_(0.6)
+    averaged.update_parameters(module)
+    assert averaged.module[1].settings.lambda_pos == averaged.module[1].settings.lambda_neg == 0.6
+    loss.lambda_pos = 0.5
+    assert list(loss.state_dict()) == ["lambda_neg"] and loss.settings.lambda_pos == 0.5
+    loss.lambda_pos, loss.lambda_neg = torch.nn.Parameter(torch.tensor(0.3)), torch.ones(()).requires_grad_() * 0.2
+    assert list(loss.state_dict()) == ["lambda_pos"] and not list(loss.buffers())
+    moved = SoftContrastiveLoss(lambda_pos=torch.tensor(0.4)).to("meta").to_empty(device="cpu")
+    moved.load_state_dict({"lambda_pos": torch.tensor([0.7])})
+    assert moved.lambda_pos == torch.tensor(0.7)
+
+
 def test_warnings_ask_no_traced_labels():
     embeddings, labels = batch()
     loss = SoftContrastiveLoss()

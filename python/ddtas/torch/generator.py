@@ -291,7 +291,8 @@ class ThresholdGenerator:
             if isinstance(present, Tensor):
                 present.fill_(value)
             else:
-                setattr(self.loss, name, torch.tensor(value, dtype=torch.float64))
+                near = next((weight.device for weight in self.network.parameters()), None)
+                setattr(self.loss, name, torch.tensor(value, dtype=torch.float64, device=near))
 
     def state_dict(self) -> dict[str, Any]:
         """What the next steps depend on: thresholds, Adam's moments, the last batches."""

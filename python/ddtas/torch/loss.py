@@ -135,7 +135,7 @@ class SoftContrastiveLoss(nn.Module):
         # Its thresholds are those of the beginning.
         known = [0.0 if math.isnan(number) else number for number in map(_number, (lambda_pos, lambda_neg))]
         self._settings = Settings(mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, *known)
-        # nn.Module registers a Parameter that is assigned.
+        # Parameters and other tensors are registered, see `__setattr__`.
         self.lambda_pos = lambda_pos
         self.lambda_neg = lambda_neg
         self.normalize_embeddings = normalize_embeddings
@@ -157,6 +157,13 @@ class SoftContrastiveLoss(nn.Module):
         if name in THRESHOLDS and not isinstance(value, Tensor):
             threshold: dict[str, Any] = {name: _number(value)}
             dataclasses.replace(self._settings, **threshold)  # raises if it is out of range
+        if name in THRESHOLDS and name not in self._parameters and not isinstance(value, nn.Parameter):
+            # A tensor is a buffer, unless it is computed from others; a number is neither.
+            self.__dict__.pop(name, None)
+            self._buffers.pop(name, None)
+            if isinstance(value, Tensor) and value.is_leaf:
+                self.register_buffer(name, value)
+                return
         if name == "normalize_embeddings" and not isinstance(value, bool):
             raise TypeError(f"normalize_embeddings must be True or False, not {value!r}")
         super().__setattr__(name, value)
@@ -327,38 +334,38 @@ class SoftContrastiveLoss(nn.Module):
         real = {name: found[name] for name in ("gamma_pos", "gamma_neg", "mean_pos", "mean_neg")}
         return counts | real | {"spread": _spread(last)}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Also saves thresholds that are tensors. They are not buffers, since `to` would replace the tensors that others change."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in self._tensor_thresholds().items():
-            destination[prefix + name] = value if keep_vars else value.detach()
+    def _apply(self, fn: Any, recurse: bool = True) -> SoftContrastiveLoss:
+        """Moves thresholds that are buffers to another device, but keeps their type, and the tensors themselves: others change them."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        untyped: Any = super()._apply
+        untyped(fn, recurse)
+        for name, own in before.items():
+            moved = self._buffers[name]
+            if moved is None or moved is own:
+                continue
+            if own.is_meta or moved.is_meta:
+                self._buffers[name] = moved.to(own.dtype)
+            else:
+                own.data = own.detach().to(moved.device)
+                self._buffers[name] = own
+        return self
 
     @torch.no_grad()
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local: Any, strict: bool, missing: list[str], unexpected: list[str], *rest: Any
-    ) -> None:
-        """Also loads the thresholds, in place where they are tensors; a saved tensor in place of a number becomes the number."""
-        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, *rest)
-        tensors = self._tensor_thresholds()
-        others = [name for name in THRESHOLDS if name not in self._parameters and name not in self._buffers]
-        saved = {name: state_dict[prefix + name] for name in others if prefix + name in state_dict}
-        unexpected[:] = [key for key in unexpected if key not in {prefix + name for name in saved}]
-        missing += [prefix + name for name in tensors if name not in saved and strict]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Loads a saved tensor of one element of any shape, and in place of a number as that number."""
+        saved = {name: state_dict[prefix + name] for name in THRESHOLDS if prefix + name in state_dict}
         values: Any = {name: _number(value) for name, value in saved.items()}
         dataclasses.replace(self._settings, **values)  # raises if one is out of range
-        for name, value in values.items():
-            own = tensors.get(name)
-            if own is None:
-                setattr(self, name, value)
-            elif own.is_meta:
-                setattr(self, name, saved[name].detach().clone().requires_grad_(own.requires_grad))
-            else:
-                own.fill_(value)
-
-    def _tensor_thresholds(self) -> dict[str, Tensor]:
-        """The thresholds that are tensors and neither parameters nor buffers, nor computed from others."""
-        found = {name: self.__dict__.get(name) for name in THRESHOLDS}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_leaf}
+        for name, value in saved.items():
+            own = getattr(self, name)
+            if name not in self._parameters and name not in self._buffers:
+                setattr(self, name, values[name])
+                del state_dict[prefix + name]
+                continue
+            if own.is_meta and name in self._buffers:
+                setattr(self, name, value.detach().clone().requires_grad_(own.requires_grad))
+            state_dict[prefix + name] = value.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def check(self) -> None:
         """Waits for a GPU, and raises ValueError if a row of the last call was bad. On the CPU the call itself has raised."""

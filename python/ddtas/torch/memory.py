@@ -141,6 +141,11 @@ class CrossBatchMemory(nn.Module):
         self.calls = max(self.calls, self.start_after)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("queue_idx", "_count") and isinstance(value, Tensor):
+            # `from_pretrained` of transformers puts new tensors of any value in the place of what is not persistent.
+            present = self._buffers[name]
+            if present is not None and not present.is_meta and not value.is_meta:
+                value = value.copy_(present)
         super().__setattr__(name, value)
         if name in ("calls", "start_after"):
             self.__dict__["started"] = self.calls >= self.start_after
@@ -174,6 +179,11 @@ class CrossBatchMemory(nn.Module):
         if not self.started:
             before_start: Tensor = self._before_start(embeddings, labels, indices_tuple, enqueue_mask)
             return before_start
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a memory queues a batch at each call, and was called in a backward pass, as activation checkpointing does to "
+                "compute again: call it outside of the checkpointed function"
+            )
         ranks = self.loss.ranks
         with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
@@ -313,7 +323,9 @@ class CrossBatchMemory(nn.Module):
         state = _extra_state(saved)
         index, full = state["queue_idx"], bool(state["has_been_filled"])
         if self.queue_idx.is_meta:
-            self.queue_idx, self._count = (self.label_memory.new_zeros(()) for _ in range(2))
+            # Libraries that load tensor by tensor have not loaded the labels yet.
+            near = "cpu" if self.label_memory.is_meta else self.label_memory.device
+            self.queue_idx, self._count = (torch.zeros((), dtype=torch.int64, device=near) for _ in range(2))
         self.queue_idx.fill_(index)
         self._count.fill_(self.memory_size if full else index)
         # Old checkpoints have no `calls`.
