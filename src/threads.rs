@@ -224,6 +224,30 @@ mod tests {
     }
 
     #[test]
+    fn tasks_that_began_make_room_for_others_and_a_busy_pool_gets_a_bounded_number() {
+        static RUN: AtomicUsize = AtomicUsize::new(0);
+        let task = || {
+            RUN.fetch_add(1, Ordering::SeqCst);
+        };
+        let pool = Threads::new(2).unwrap();
+        let begin = Instant::now();
+        pool.install(|| {
+            for count in 1..=1000 {
+                spawn(task);
+                while RUN.load(Ordering::SeqCst) < count {
+                    assert!(begin.elapsed() < Duration::from_secs(60), "task {count} never ran");
+                    rayon::yield_now();
+                }
+            }
+        });
+        // The only thread is busy here, so that none of these can begin.
+        let pool = Threads::new(1).unwrap();
+        pool.install(|| (0..1000).for_each(|_| spawn(task)));
+        drop(pool);
+        assert_eq!(RUN.load(Ordering::SeqCst), 1256);
+    }
+
+    #[test]
     fn dropping_a_pool_waits_for_its_threads() {
         struct Left<'a>(&'a std::sync::atomic::AtomicUsize);
         impl Drop for Left<'_> {

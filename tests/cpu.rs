@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use ddtas::Error;
-use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, reference};
+use ddtas::backend::{Backend, DeviceSpec, OpenOptions, open_with};
+use ddtas::loss::{Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, Rows, reference};
+use ddtas::threads::Threads;
 use ddtas_cases::random::{Draw, compare, draw, tangent};
 use ddtas_cases::{self as cases, Expected, Report, SINGLE_PRECISION};
 use half::{bf16, f16};
@@ -149,6 +150,27 @@ fn a_row_that_stands_on_both_sides_is_no_positive_of_itself() {
 }
 
 #[test]
+fn a_copy_of_another_length_is_a_positive() {
+    // Its similarity exceeds the shorter row's squared norm, but not the longer one's.
+    let how = Draw { rows: 120, dim: 16, classes: 9, noise: 1.5, ignored: 0, duplicates: 0 };
+    let (mut rows, mut labels) = draw(how, 1);
+    for i in (0..120).step_by(2) {
+        let copy = &rows.row(i) * [0.999_5, 1.000_5][i / 2 % 2];
+        rows.row_mut(i + 1).assign(&copy);
+        labels[i + 1] = labels[i];
+    }
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let (square, all) = (Batch::square(rows.view(), &labels), Rows::new(rows.view(), &labels));
+    for batch in [square, Batch::rectangular(all, all).with_identity(Identity::From(0))] {
+        let (mut output, truth) = (LossOutput::default(), reference(&batch, &settings).unwrap());
+        CpuBackend::new().loss(&batch, &settings, &mut output).unwrap();
+        let sizes: Vec<u32> = truth.selection.sizes().iter().map(|size| size[0]).collect();
+        assert_eq!((output.total_pos, &output.count_pos), (truth.selection.total_pos, &sizes));
+        assert!((output.loss - truth.weighted.loss).abs() < 1e-5 * truth.weighted.loss);
+    }
+}
+
+#[test]
 fn sides_of_different_types_are_refused() {
     let (rows, labels) =
         draw(Draw { rows: 20, dim: 6, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
@@ -172,12 +194,69 @@ fn one_backend_serves_batches_of_changing_shape() {
     let mut backend = CpuBackend::new();
     for (rows, dim, classes) in [(300, 20, 50), (7, 64, 2), (150, 3, 4), (1, 1, 1), (290, 20, 9)] {
         let (rows, labels) = draw(Draw { rows, dim, classes, noise: 1.5, ignored: 5, duplicates: 0 }, 3);
-        let batch = Batch::square(rows.view(), &labels);
-        let mut fresh = LossOutput::default();
-        CpuBackend::new().loss(&batch, &LossSettings::default(), &mut fresh).unwrap();
-        let mut reused = LossOutput::default();
-        backend.loss(&batch, &LossSettings::default(), &mut reused).unwrap();
-        assert_eq!(format!("{fresh:?}"), format!("{reused:?}"));
+        // Then other labels of the same number, first and last.
+        let (mut others, last) = (labels.clone(), labels.len() - 1);
+        others[last.min(1)..last].reverse();
+        for labels in [labels, others] {
+            let batch = Batch::square(rows.view(), &labels);
+            let mut fresh = LossOutput::default();
+            CpuBackend::new().loss(&batch, &LossSettings::default(), &mut fresh).unwrap();
+            let mut reused = LossOutput::default();
+            backend.loss(&batch, &LossSettings::default(), &mut reused).unwrap();
+            assert_eq!(format!("{fresh:?}"), format!("{reused:?}"));
+        }
+    }
+}
+
+#[test]
+fn rows_whose_panels_are_too_large_to_keep_give_the_same_bits() {
+    // Panels of 89 rows or more exceed 128 MiB from 350,000 dimensions on. Zeros behind a row change no bit.
+    let how = Draw { rows: 100, dim: 40, classes: 12, noise: 1.8, ignored: 9, duplicates: 9 };
+    let mut backend = CpuBackend::new();
+    for (seed, mining) in [(1, Mining::None), (2, Mining::AtAsms)] {
+        let (rows, labels) = draw(how, seed);
+        let mut wide = Array2::zeros((100, 360_000));
+        wide.slice_mut(s![.., ..40]).assign(&rows);
+        let settings = LossSettings { mining, ..LossSettings::default() };
+        // The backend goes from one kind to the other and back: no panel of another batch may stay.
+        let [kept, mut packed] = [&rows, &wide].map(|rows| {
+            let mut output = LossOutput::default();
+            backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output).unwrap();
+            output
+        });
+        assert!(kept.active > 50 && packed.gradient.slice(s![.., 40..]).iter().all(|x| *x == 0.0));
+        packed.gradient = packed.gradient.slice(s![.., ..40]).to_owned();
+        assert_eq!(packed, kept);
+    }
+}
+
+#[test]
+fn candidates_take_no_more_memory_than_their_budget() {
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let how = Draw { rows: 900, dim: 8, classes: 1, noise: 3.0, ignored: 0, duplicates: 0 };
+    let (rows, _) = draw(how, 1);
+    // Rows alone in their class have no candidates: the first tiles have most of them, then the last ones.
+    let first: Vec<i64> = (0..900).map(|i| if i < 450 { i / 5 } else { i }).collect();
+    let last: Vec<i64> = (0..900).map(|i| if i < 450 { i } else { 450 + i / 5 }).collect();
+    // Bytes after each loss. With one thread the same tiles are kept in every run.
+    let bytes = |budget: usize| {
+        let (mut backend, mut output) = (CpuBackend::with_budget(budget), LossOutput::default());
+        let pool = Threads::new(1).unwrap();
+        [&first, &last, &first].map(|labels| {
+            let batch = Batch::square(rows.view(), labels);
+            pool.install(|| backend.loss(&batch, &settings, &mut output)).unwrap();
+            backend.workspace_bytes()
+        })
+    };
+    let without = bytes(0);
+    // Candidates would take 1.2 MB, and 2.4 MB with their weights. A quarter is for the list of tiles.
+    for budget in [300_000, 600_000, 1_500_000] {
+        let most = budget + budget / 4;
+        let [one, two, three] = bytes(budget);
+        assert!((budget / 2..=most).contains(&(one - without[0])), "{} of {budget}", one - without[0]);
+        // The room of tiles is kept for the next loss, and given back once it exceeds the budget.
+        assert!(two - without[1] <= most + budget, "{} of {budget}", two - without[1]);
+        assert!(three - without[2] <= most, "{} of {budget}", three - without[2]);
     }
 }
 
@@ -232,6 +311,72 @@ fn a_total_divides_the_loss_of_a_square_batch() {
         ..half
     };
     assert_eq!(halved, whole);
+}
+
+#[test]
+fn rows_of_any_length_are_compared_as_the_batch_says() {
+    // Unit rows: normalising changes rounding alone, and total, identity and check are the batch's.
+    let how = Draw { rows: 60, dim: 16, classes: 9, noise: 1.5, ignored: 7, duplicates: 0 };
+    let (rows, labels) = draw(how, 1);
+    let (mut others, mut other_labels) = draw(how, 2);
+    let list: Vec<u32> = (0..60).map(|i| if i < 40 { 59 - i } else { Identity::ABSENT }).collect();
+    for (i, &at) in list.iter().enumerate().take(40) {
+        // Another row than the anchor, so that its value does not tell.
+        other_labels[at as usize] = labels[i];
+        others.row_mut(at as usize).assign(&rows.row((i + 7) % 40));
+    }
+    let batch = Batch::rectangular(Rows::new(rows.view(), &labels), Rows::new(others.view(), &other_labels));
+    let batch = Batch { total: Some(77), ..batch.with_identity(Identity::List(&list)) };
+    let (mut backend, settings) = (CpuBackend::new(), LossSettings::default());
+    let [mut want, mut got] = [(); 2].map(|()| LossOutput::default());
+    backend.loss(&batch, &settings, &mut want).unwrap();
+    backend.normalized_loss(&batch, &settings, &mut got).unwrap();
+    assert!(
+        want.active > 20 && (got.loss - want.loss).abs() < 1e-5 * want.loss,
+        "{} {}",
+        got.loss,
+        want.loss
+    );
+    assert_eq!((got.total_pos, got.total_neg, got.active), (want.total_pos, want.total_neg, want.active));
+
+    // A row of zeros has no derivative; one that is not finite has none either, and says so.
+    let mut rows = rows;
+    rows.row_mut(11).fill(0.0);
+    rows.row_mut(12).fill(f32::NAN);
+    backend.normalized_loss(&Batch::square(rows.view(), &labels).trusted(), &settings, &mut got).unwrap();
+    assert!(got.gradient.row(11).iter().all(|x| *x == 0.0), "{}", got.gradient.row(11));
+    assert!(got.gradient.row(12).iter().all(|x| x.is_nan()), "{}", got.gradient.row(12));
+}
+
+#[test]
+fn the_square_form_has_no_identity_and_trusted_rows_are_never_checked() {
+    let (rows, labels) =
+        draw(Draw { rows: 60, dim: 16, classes: 9, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let longer = rows * 1.1;
+    let batch = Batch::square(longer.view(), &labels).trusted();
+    let mut backend = CpuBackend::new();
+    let [plain, named] = [batch, batch.with_identity(Identity::From(1))].map(|batch| {
+        let mut output = LossOutput::default();
+        backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
+        backend.threshold_gradient(&batch, tangent(60, 16, 1).view(), None).unwrap();
+        output
+    });
+    assert!(plain.active > 20);
+    assert_eq!(named, plain);
+}
+
+#[test]
+fn a_backend_opened_by_name_has_the_budget_it_is_given() {
+    let (rows, labels) =
+        draw(Draw { rows: 300, dim: 8, classes: 60, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let [none, default] = [Some(0), None].map(|budget| {
+        let options = OpenOptions { budget, ..OpenOptions::default() };
+        let mut backend = open_with(&DeviceSpec::Cpu, &options).unwrap();
+        backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut LossOutput::default()).unwrap();
+        backend.workspace_bytes()
+    });
+    assert!(default > none + 300 * 299 / 2 * 4, "{none} bytes, and {default} with every candidate");
 }
 
 #[test]
@@ -307,6 +452,22 @@ fn threshold_gradient_without_its_loss_is_an_error() {
         backend.threshold_gradient(&relabelled, direction.view(), None),
         Err(Error::OutOfOrder(_))
     ));
+    cases::check_what_is_remembered(&mut CpuBackend::new());
+}
+
+#[test]
+fn an_output_that_is_used_again_is_refilled() {
+    cases::check_outputs_are_refilled(&mut CpuBackend::new());
+}
+
+#[test]
+fn queries_of_another_dimension_than_the_gallery_are_refused() {
+    let (rows, wide) = (Array2::from_elem((2, 1), 1.0f32), Array2::from_elem((3, 4), 0.5f32));
+    let (queries, gallery) = (Rows::new(rows.view(), &[0, 0]), Rows::new(wide.view(), &[0, 0, 0]));
+    for (queries, gallery) in [(&queries, &gallery), (&gallery, &queries)] {
+        let refused = CpuBackend::new().nearest(queries, Some(gallery), 1);
+        assert!(matches!(refused, Err(Error::LengthMismatch { .. })), "{refused:?}");
+    }
 }
 
 #[test]

@@ -2,10 +2,14 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows};
+use ddtas::process::PerProcess;
 use ddtas::retrieval::{KMeansSettings, k_means};
+use ddtas::threads::Threads;
 use ndarray::Array2;
 
 unsafe extern "C" {
@@ -31,6 +35,24 @@ fn in_a_child(work: impl FnOnce() -> bool) -> bool {
     // SAFETY: one integer is written.
     let waited = unsafe { waitpid(child, &raw mut status, 0) };
     waited == child && status == 0
+}
+
+#[test]
+fn a_child_neither_drops_its_parent_s_values_nor_waits_for_its_threads() {
+    static DROPPED: AtomicUsize = AtomicUsize::new(0);
+    struct Counted;
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            DROPPED.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+    let (value, threads) = (PerProcess::new(Counted), Threads::new(2).unwrap());
+    // The closure owns both; the parent drops it when the child has ended.
+    assert!(in_a_child(move || {
+        drop((value, threads));
+        DROPPED.load(Ordering::SeqCst) == 0
+    }));
+    assert_eq!(DROPPED.load(Ordering::SeqCst), 1);
 }
 
 fn rows() -> (Array2<f32>, Vec<i64>) {

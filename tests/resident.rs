@@ -10,7 +10,7 @@ use ddtas::backend::device::{
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest, Picked};
 use ddtas::loss::{
-    Batch, Embeddings, Identity, LossOutput, LossScalars, LossSettings, RowNumbers, Rows, UnitCheck,
+    Batch, Embeddings, Identity, LossOutput, LossScalars, LossSettings, Mining, RowNumbers, Rows, UnitCheck,
 };
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
@@ -162,6 +162,111 @@ fn sizes_that_no_memory_has_are_refused_before_anything_is_allocated() {
     assert!(matches!(nearest(&batch(good, None), usize::MAX), Err(Error::InvalidSetting { name: "k", .. })));
 }
 
+#[test]
+fn every_address_is_checked_and_nothing_is_remembered_of_a_refused_loss() {
+    let ((e, labels), (r, reference_labels)) = (rows(30, 0.0), rows(60, 0.1));
+    let (mut gradient, mut reference_gradient) = (Array2::zeros((30, 2)), Array2::zeros((60, 2)));
+    let anchors = resident(&e, &labels, &mut gradient);
+    let references = resident(&r, &reference_labels, &mut reference_gradient);
+    let good = batch(anchors, Some(references));
+    let tangents = [e.as_ptr() as u64, 0];
+    let mut backend = backend();
+    let mut scalars = LossOutput::default().scalars();
+    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: 0 };
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let part = ResidentPart { batch: good, identity: ResidentIdentity::ByValue, total: 30, normalize: false };
+    let odd = |rows: ResidentRows| {
+        [
+            ("labels", ResidentRows { labels: rows.labels + 4, ..rows }),
+            ("gradient", ResidentRows { gradient: 2, ..rows }),
+        ]
+    };
+    let mut refused: Vec<(&str, ResidentPart, ResidentOutput)> = Vec::new();
+    refused.extend(
+        odd(anchors).map(|(name, rows)| {
+            (name, ResidentPart { batch: batch(rows, Some(references)), ..part }, output)
+        }),
+    );
+    refused.extend(
+        odd(references)
+            .map(|(name, rows)| (name, ResidentPart { batch: batch(anchors, Some(rows)), ..part }, output)),
+    );
+    refused.push(("identity", ResidentPart { identity: ResidentIdentity::List(6), ..part }, output));
+    refused.push(("loss", part, ResidentOutput { loss: 6, ..output }));
+    refused.push(("scalars", part, ResidentOutput { scalars: 4, ..output }));
+    for (name, part, output) in refused {
+        // SAFETY: the good addresses are those of this test's matrices; a call with a bad one uses none.
+        let error = unsafe { backend.enqueue_loss(&part, &given, output) }.unwrap_err();
+        assert!(matches!(error, Error::InvalidSetting { name: said, .. } if said == name), "{name}: {error}");
+    }
+    let wrong = LossSettings { alpha: -1.0, ..LossSettings::default() };
+    // SAFETY: as above.
+    unsafe {
+        backend.loss_resident(&good, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+        backend.threshold_gradient_resident(&good, tangents).unwrap();
+        let narrow = ResidentBatch { dtype: ElementType::F16, ..good };
+        let other = backend.threshold_gradient_resident(&narrow, tangents);
+        assert!(matches!(other, Err(Error::OutOfOrder(_))), "rows of another type: {other:?}");
+        backend.loss_resident(&good, &wrong, &mut LossOutput::default()).unwrap_err();
+        let after = backend.threshold_gradient_resident(&good, tangents);
+        assert!(matches!(after, Err(Error::OutOfOrder(_))), "{after:?}");
+    }
+}
+
+#[test]
+fn the_square_form_has_one_tangent_and_no_identity_and_outputs_are_refilled() {
+    let (e, labels) = rows(60, 0.0);
+    let mut gradients = [Array2::zeros((60, 2)), Array2::zeros((60, 2))];
+    let addresses = gradients.each_mut().map(|gradient| resident(&e, &labels, gradient));
+    let mut backend = backend();
+    let other = Array2::<f32>::ones((60, 2));
+    let mut output = LossOutput { count_pos: vec![7], gradient: other.clone(), ..LossOutput::default() };
+    let square = batch(addresses[0], None);
+    // SAFETY: every address is that of a matrix of this test.
+    unsafe {
+        backend.loss_resident(&square, &LossSettings::default(), &mut output).unwrap();
+        assert!(output.active > 0 && output.count_pos.is_empty() && output.gradient.is_empty());
+        let [one, two] = [0, other.as_ptr() as u64]
+            .map(|second| backend.threshold_gradient_resident(&square, [e.as_ptr() as u64, second]).unwrap());
+        assert_eq!(one, two);
+    }
+    let mut scalars = LossOutput::default().scalars();
+    let to = ResidentOutput { scalars: &raw mut scalars as u64, loss: 0 };
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let (batch, identity) = (batch(addresses[1], None), ResidentIdentity::From(1));
+    // SAFETY: as above.
+    unsafe {
+        backend.enqueue_loss(&ResidentPart { batch, identity, total: 60, normalize: false }, &given, to)
+    }
+    .unwrap();
+    assert_eq!(scalars.loss, output.loss);
+    assert_eq!(gradients[0], gradients[1]);
+}
+
+#[test]
+fn sums_of_thresholds_in_device_memory_have_room_for_any_in_range() {
+    // Every pair is mined, and its term is nearly the largest that a threshold of -2 allows for.
+    let (_, labels) = rows(190, 0.0);
+    let e = Array2::from_shape_fn((190, 2), |(i, d)| {
+        let angle = i as f32 * 0.002;
+        if d == 0 { angle.cos() } else { angle.sin() }
+    });
+    let settings = LossSettings { mining: Mining::None, alpha: 1e4, ..LossSettings::default() };
+    let mut host = LossOutput::default();
+    let batch_of_host = Batch::square(e.view(), &labels);
+    CpuBackend::new().loss(&batch_of_host, &settings.with_lambda(-2.0), &mut host).unwrap();
+    let mut gradient = Array2::zeros((190, 2));
+    let thresholds = [-2.0f64; 2];
+    let given = ResidentSettings { settings: settings.with_lambda(0.0), lambda: thresholds.as_ptr() as u64 };
+    let mut scalars = LossOutput::default().scalars();
+    let batch = batch(resident(&e, &labels, &mut gradient), None);
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 190, normalize: false };
+    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: 0 };
+    // SAFETY: the matrices, thresholds and scalars outlive the call.
+    unsafe { backend().enqueue_loss(&part, &given, output) }.unwrap();
+    assert!((scalars.loss - host.loss).abs() < 1e-5 * host.loss, "{} {}", scalars.loss, host.loss);
+}
+
 /// Rows for searches, without labels and gradient.
 fn searched<T>(rows: &Array2<T>) -> ResidentRows {
     ResidentRows { count: rows.nrows(), embeddings: rows.as_ptr() as u64, labels: 0, gradient: 0 }
@@ -238,6 +343,7 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     }
     // An ignored row is not checked.
     e[[5, 0]] = f32::NAN;
+    e[[135, 0]] = f32::NAN;
     let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
     let ks = [1, 2, 8];
     let mut backend = backend();
@@ -257,14 +363,34 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
         for picked in
             [Picked { queries: listed, gallery: None }, Picked { queries: few, gallery: Some(listed) }]
         {
-            assert!(among(&picked, 1).is_err(), "{picked:?}");
+            let error = among(&picked, 1).unwrap_err();
+            let named = matches!(error, Error::Empty { .. } | Error::InvalidSetting { name: "picked", .. });
+            assert!(named, "{picked:?}: {error}");
         }
     }
-    let (bad, good) = (&[4, 5, 6][..], &[1, 2, 3][..]);
-    for picked in [Picked { queries: bad, gallery: Some(good) }, Picked { queries: good, gallery: Some(bad) }]
-    {
-        let error = among(&picked, 1).unwrap_err();
-        assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+    // SAFETY: as in `run`.
+    let refused = unsafe {
+        let picked = Picked { queries: &[1, 2], gallery: None };
+        backend.nearest_resident(
+            &ResidentBatch { references: Some(batch.anchors), ..batch },
+            Some(&picked),
+            1,
+        )
+    };
+    assert!(matches!(refused, Err(Error::InvalidSetting { name: "picked", .. })), "{refused:?}");
+    let good = &[1, 2, 3][..];
+    // Far beyond the number of picked rows, too.
+    for (bad, row) in [(&[4, 5, 6][..], 5), (&[134, 135, 136], 135)] {
+        for picked in
+            [Picked { queries: bad, gallery: Some(good) }, Picked { queries: good, gallery: Some(bad) }]
+        {
+            // In a workspace of its own, which is no larger than it needs to be.
+            let mut backend = DeviceBackend::new(EmulatedDevice::new(5), Options::default());
+            // SAFETY: as in `run`.
+            let error = unsafe { backend.nearest_resident(&batch, Some(&picked), 1) }.unwrap_err();
+            let named = matches!(error, Error::NotFinite { rows: "queries", row: said } if said == row);
+            assert!(named, "the caller's row: {error}");
+        }
     }
 }
 
@@ -514,7 +640,7 @@ fn parts_of_another_shape_or_out_of_order_are_refused() {
     let mut gradient = Array2::zeros((20, 2));
     let part = part_of((&e, &labels), 0..20, &mut gradient, ResidentIdentity::From(0));
     let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let mut list = [0.5f32; 31];
+    let mut list = [0u64; 31];
     let address = list.as_mut_ptr() as u64;
     let numbers = ResidentNumbers { anchors: address, references: address, count: 30 };
     let mut backend = backend();
@@ -530,6 +656,21 @@ fn parts_of_another_shape_or_out_of_order_are_refused() {
         let many = ResidentNumbers { count: 31, ..numbers };
         let refused = backend.enqueue_sweep(&part, many, address, address);
         assert!(matches!(refused, Err(Error::LengthMismatch { .. })));
+        backend.enqueue_same_class(&part, &given, address).unwrap();
+        backend.enqueue_sweep(&part, numbers, address, address).unwrap();
+        backend.enqueue_select(&part, numbers, address, [address; 2]).unwrap();
+        let fewer = ResidentNumbers { count: 29, ..numbers };
+        let refused = backend.enqueue_gradient(&part, [numbers, fewer], address);
+        assert!(matches!(refused, Err(Error::LengthMismatch { .. })), "{refused:?}");
+        for normalize in [false, true] {
+            let part = ResidentPart { normalize, ..part };
+            backend.enqueue_same_class(&part, &given, address).unwrap();
+            backend.enqueue_sweep(&part, numbers, address, address).unwrap();
+            backend.enqueue_select(&part, numbers, address, [address; 2]).unwrap();
+            backend.enqueue_gradient(&part, [numbers; 2], address).unwrap();
+            let sums = backend.threshold_gradient_resident(&part.batch, [e.as_ptr() as u64, 0]);
+            assert_eq!(matches!(sums, Err(Error::OutOfOrder(_))), normalize, "{sums:?}");
+        }
         let odd = ResidentSettings { lambda: 4, ..given };
         let refused = backend.enqueue_same_class(&part, &odd, address);
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "lambda", .. })));

@@ -4,10 +4,12 @@ use std::borrow::Borrow;
 use std::collections::HashSet;
 
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, ThresholdGradient};
+use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, LossSettings, Rows, ThresholdGradient};
 use ddtas::{Error, Result};
 use half::f16;
+use ndarray::{Array2, s};
 
+use crate::random::{Draw, draw, tangent};
 use crate::{Case, Report};
 
 /// Runs a case through the loss and the threshold pass of a backend.
@@ -105,6 +107,82 @@ fn check(backend: &mut dyn Backend, case: &Case, truth: &Case) -> Result<(), Str
         check_nearest(&truth.batch(), k, &found)?;
     }
     Ok(())
+}
+
+/// Checks that a backend refills an output that holds the results of another batch of the same shape: no pass
+/// writes the entries of ignored rows, or a gradient that is not asked for.
+///
+/// # Panics
+/// If a result differs from that in a new output.
+pub fn check_outputs_are_refilled(backend: &mut dyn Backend) {
+    let how = Draw { rows: 60, dim: 16, classes: 9, noise: 1.8, ignored: 0, duplicates: 0 };
+    let ((rows, labels), (others, other_labels)) = (draw(how, 1), draw(how, 2));
+    let ignored = |labels: &[i64]| -> Vec<i64> {
+        labels.iter().enumerate().map(|(row, label)| if row % 3 == 0 { -1 } else { *label }).collect()
+    };
+    let (few, other_few) = (ignored(&labels), ignored(&other_labels));
+    let pair = |own, other| {
+        Batch::rectangular(Rows::new(rows.view(), own), Rows::new(others.view(), other))
+            .with_reference_gradient()
+    };
+    let mut again = LossOutput::default();
+    for batch in [pair(&labels, &other_labels), pair(&few, &other_few), Batch::square(rows.view(), &few)] {
+        let mut new = LossOutput::default();
+        for output in [&mut new, &mut again] {
+            backend.loss(&batch, &LossSettings::default(), output).expect("a valid batch");
+        }
+        assert!(new.active > 20);
+        assert_eq!(again, new);
+    }
+}
+
+/// Checks that a threshold gradient is that of the last loss, or refused: of other references, with another
+/// tangent of theirs, or after a loss that failed or whose rows were of any length.
+///
+/// # Panics
+/// If one is not refused.
+pub fn check_what_is_remembered(backend: &mut dyn Backend) {
+    let how = Draw { rows: 30, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 };
+    let ((rows, labels), (others, other_labels)) = (draw(how, 1), draw(how, 2));
+    let anchors = Rows::new(rows.view(), &labels);
+    let against = |labels| Batch::rectangular(anchors, Rows::new(others.view(), labels));
+    let (batch, settings, mut output) =
+        (against(&other_labels), LossSettings::default(), LossOutput::default());
+    let (own, moving) = (tangent(30, 8, 1), tangent(30, 8, 2));
+    let sums = |backend: &mut dyn Backend, batch: &Batch<'_>, moving: &Array2<f32>| {
+        backend.threshold_gradient(batch, own.view(), Some(moving.view()))
+    };
+    backend.loss(&batch, &settings, &mut output).expect("a valid batch");
+    let want = sums(backend, &batch, &moving).expect("the batch of the last loss");
+    assert!(want.pos != 0.0 && want.neg != 0.0);
+
+    let reversed: Vec<i64> = other_labels.iter().rev().copied().collect();
+    assert!(matches!(sums(backend, &against(&reversed), &moving), Err(Error::OutOfOrder(_))));
+    let narrow = [&rows, &others].map(|rows| rows.slice(s![.., ..7]).as_standard_layout().into_owned());
+    let narrow =
+        Batch::rectangular(Rows::new(narrow[0].view(), &labels), Rows::new(narrow[1].view(), &other_labels));
+    assert!(matches!(sums(backend, &narrow, &moving), Err(Error::LengthMismatch { .. })));
+    let shorter = sums(backend, &batch, &tangent(29, 8, 2));
+    assert!(matches!(shorter, Err(Error::LengthMismatch { .. })), "{shorter:?}");
+    let mut bad = moving.clone();
+    bad[[17, 3]] = f32::NAN;
+    let refused = sums(backend, &batch, &bad);
+    assert!(matches!(refused, Err(Error::NotFinite { rows: "reference tangent", row: 17 })), "{refused:?}");
+    assert_eq!(sums(backend, &batch, &moving).expect("still the same"), want);
+
+    let wrong = LossSettings { alpha: -1.0, ..settings };
+    let part = Batch { total: Some(30), ..batch };
+    type Call<'a> = &'a dyn Fn(&mut dyn Backend, &mut LossOutput) -> bool;
+    let calls: [Call<'_>; 3] = [
+        &|backend, output| backend.loss(&batch, &wrong, output).is_err(),
+        &|backend, output| backend.same_class(&part, &wrong, output).is_err(),
+        &|backend, output| backend.normalized_loss(&batch, &settings, output).is_ok(),
+    ];
+    for call in calls {
+        backend.loss(&batch, &settings, &mut output).expect("a valid batch");
+        assert!(call(backend, &mut output));
+        assert!(matches!(sums(backend, &batch, &moving), Err(Error::OutOfOrder(_))));
+    }
 }
 
 /// Checks a retrieval against the similarities in float64; ties within the error may swap. Tensor cores

@@ -392,18 +392,38 @@ mod tests {
     }
 
     #[test]
+    fn the_lists_of_a_block_stay_within_the_limits() {
+        let queries: Vec<u32> = (0..100).collect();
+        let limits = SearchLimits { entries: 60, queries: 12 };
+        let (mut blocks, mut seen) = (Vec::new(), Vec::new());
+        let search = |block: &[u32], longest: usize| {
+            blocks.push((block.len(), longest));
+            Nearest::none(block.len(), longest)
+        };
+        // Lists of 1 to 100 entries.
+        let length = |query: u32| query as usize + 1;
+        limits.search(&queries, length, search, &mut |query, _| seen.push(query), &mut |_, _| {}).unwrap();
+        assert_eq!(seen, queries);
+        assert!(blocks.iter().all(|&(count, longest)| count <= 12 && (count == 1 || count * longest <= 60)));
+        assert_eq!(blocks[0], (7, 7), "as many as fit");
+    }
+
+    #[test]
     fn queries_that_stand_in_the_gallery_are_left_out_of_their_lists() {
         let mut rng = ChaCha8Rng::seed_from_u64(8);
         let labels = ragged(20, true, &mut rng);
         let rows = corners(&labels, &mut rng);
         let all = Rows::new(rows.view(), &labels);
-        let alone = evaluate(&mut CpuBackend::new(), &all, None, &KS, &mut |_, _| {}).unwrap();
         let list: Vec<u32> = (0..labels.len() as u32).collect();
-        for identity in [Identity::From(0), Identity::List(&list)] {
+        // With a small K lists are just long enough for a query's answers and the query itself.
+        let cases = [Identity::From(0), Identity::List(&list)]
+            .map(|identity| [(identity, &KS[..]), (identity, &[1])]);
+        for (identity, ks) in cases.into_iter().flatten() {
+            let alone = evaluate(&mut CpuBackend::new(), &all, None, ks, &mut |_, _| {}).unwrap();
             let task = SearchTask { queries: all.view(), gallery: Some(all.view()), identity };
             let mut totals =
-                Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
-            evaluate_queries(&mut CpuBackend::new(), &task, &KS, &mut |metrics| totals.add(metrics)).unwrap();
+                Totals { hits: Hits::new(ks.to_vec()), r_precision: 0.0, average_precision: 0.0 };
+            evaluate_queries(&mut CpuBackend::new(), &task, ks, &mut |metrics| totals.add(metrics)).unwrap();
             let got = totals.finish(labels.len());
             assert_eq!(got.recall, alone.recall);
             assert!((got.r_precision - alone.r_precision).abs() < 1e-12);

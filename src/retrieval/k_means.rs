@@ -298,6 +298,37 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_later_turns_are_drawn_and_assigned_as_those_of_the_first() {
+        // Neither turns nor the draws' chunks are a multiple of the bundles, which tells one row from another.
+        let rows = bundles(7, 1_500, 6, 0.0);
+        assert!(rows.nrows() > TURN && !TURN.is_multiple_of(7));
+        for seed in 0..3 {
+            let clusters = cluster(&rows, 7, 2, seed);
+            assert!(clusters.inertia < 1e-3, "a seed in each bundle: {}", clusters.inertia);
+            let assignment = &clusters.assignment;
+            assert!((7..rows.nrows()).all(|row| assignment[row] == assignment[row % 7]));
+        }
+    }
+
+    #[test]
+    fn every_row_is_drawn_once_even_if_it_is_a_little_short() {
+        // The length leaves each seed a distance to itself.
+        let rows = bundles(20, 5, 6, 0.4) * 0.999_05;
+        for seed in 0..3 {
+            assert!(cluster(&rows, 100, 1, seed).inertia < 1e-9);
+        }
+    }
+
+    #[test]
+    fn empty_clusters_take_different_rows() {
+        let rows = bundles(5, 1, 4, 0.0);
+        let means = means(rows.view(), 4, &[0; 5], &mut [0.1, 0.3, 0.2, 0.3, 0.0]);
+        for (cluster, row) in [(1, 1), (2, 3), (3, 2)] {
+            assert_eq!(means.row(cluster), rows.row(row));
+        }
+    }
+
+    #[test]
     fn duplicates_and_as_many_clusters_as_rows_are_no_trouble() {
         let same = Array2::from_shape_fn((6, 3), |(_, d)| if d == 1 { 1.0 } else { 0.0 });
         assert!(cluster(&same, 4, 10, 0).inertia < 1e-9);

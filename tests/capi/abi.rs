@@ -195,7 +195,7 @@ impl Abi {
         let mut reference_gradient = references
             .as_ref()
             .filter(|_| batch.reference_gradient)
-            .map(|rows| Target::new(shape(rows), self.gap));
+            .map(|rows| Target::new(shape(rows), 2 * self.gap));
         let mut min_pos = vec![UNTOUCHED.0; count];
         let mut max_neg = vec![UNTOUCHED.0; count];
         let mut count_pos = vec![UNTOUCHED.1; count];
@@ -431,7 +431,8 @@ impl Backend for Abi {
         (output.loss, output.active) = (result.loss, result.active);
         output.dloss_dlambda_pos = result.dloss_dlambda_pos;
         output.dloss_dlambda_neg = result.dloss_dlambda_neg;
-        assert_eq!(output.mined(), (result.mined_pos, result.mined_neg));
+        let mined = output.mined_of_part(count_pos.anchors, count_neg.anchors);
+        assert_eq!(mined, (result.mined_pos, result.mined_neg));
         Ok(())
     }
 
@@ -444,17 +445,19 @@ impl Backend for Abi {
         let anchors = self.lay(&batch.anchors);
         let references = self.lay_references(batch);
         let stride = tangent.ncols() + self.gap;
-        let spread = |m: ArrayView2<'_, f32>| {
+        // Another stride than the anchors'.
+        let reference_stride = stride + self.gap;
+        let spread = |m: ArrayView2<'_, f32>, stride: usize| {
             spread(bytemuck::cast_slice(m.as_slice().unwrap()), m.ncols() * 4, stride * 4)
         };
-        let own = spread(tangent);
-        let other = reference_tangent.map(spread);
+        let own = spread(tangent, stride);
+        let other = reference_tangent.map(|tangent| spread(tangent, reference_stride));
         let tangents = Tangents {
             struct_size: size_of::<Tangents>(),
             anchors: own.as_ptr().cast(),
             anchor_stride: stride,
             references: other.as_ref().map_or(null(), |words| words.as_ptr().cast()),
-            reference_stride: stride,
+            reference_stride,
         };
         let mut sums = ThresholdGradient::default();
         let references = references.as_ref().map_or(null(), |rows| &raw const rows.rows);

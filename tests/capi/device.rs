@@ -6,7 +6,7 @@ use ddtas::capi::*;
 use ddtas::loss::UnitCheck;
 use ddtas_cases as cases;
 
-use super::abi::{Abi, Target, settings_of};
+use super::abi::{Abi, Target, empty_result, settings_of};
 
 #[test]
 fn rows_in_device_memory_agree_in_every_type_and_form() {
@@ -72,6 +72,24 @@ fn a_loss_that_is_issued_writes_what_the_loss_answers() {
         ddtas_enqueue_loss(abi.handle.0, null(), anchors, null(), to.0, null_mut(), null(), to.1)
     };
     assert!(abi.check(status).unwrap_err().to_string().contains("takes rows in device memory"));
+}
+
+#[test]
+fn trusted_rows_in_device_memory_are_not_checked_and_a_gradient_is_needed() {
+    let case = cases::golden().remove(0);
+    let abi = Abi::open("emulated", 0, 0, Memory::Device);
+    let laid = abi.lay(&case.batch().anchors);
+    let longer = vec![2f32; laid.rows.count * laid.rows.dim];
+    let rows = Rows { embeddings: longer.as_ptr().cast(), dtype: Dtype::F32 as i32, ..laid.rows };
+    let mut gradient = Target::new((rows.count, rows.dim), 0);
+    let loss = |check, gradient: *mut f32| {
+        let settings = settings_of(&case.settings, check);
+        let mut result = LossResult { gradient, ..empty_result() };
+        unsafe { ddtas_loss(abi.handle.0, &raw const settings, &raw const rows, null(), &raw mut result) }
+    };
+    assert_eq!(loss(UnitCheck::Check, gradient.pointer()), Status::NotUnit);
+    assert_eq!(loss(UnitCheck::Trust, gradient.pointer()), Status::Ok);
+    assert_eq!(loss(UnitCheck::Trust, null_mut()), Status::NullPointer);
 }
 
 #[test]

@@ -72,6 +72,70 @@ fn parts_and_identity_through_the_c_abi_agree_with_the_truth() {
 }
 
 #[test]
+fn pairs_of_a_block_of_references_are_mined_if_another_block_makes_the_anchor_active() {
+    // The block holds no positive of any anchor.
+    let (rows, labels) = random_batch(66);
+    let (own, block) =
+        ([loss::Rows::new(rows.slice(s![..20, ..]), &[900; 20])], loss::Rows::new(rows.view(), &labels));
+    let part = Batch::part(own[0], block, loss::Identity::ByValue, 20).trusted();
+    let (settings, mut output) = (LossSettings::default(), LossOutput::default());
+    let mut abi = Abi::open("cpu", 1, 0, Memory::Host);
+    let (min_pos, count_pos) = ([0.2; 20], [3; 20]);
+    abi.same_class(&part, &settings, &mut output).unwrap();
+    abi.sweep(&part, loss::RowNumbers::new(&min_pos, &[]), &mut output).unwrap();
+    let max_neg = output.max_neg.clone();
+    abi.select(&part, loss::RowNumbers::new(&max_neg, &[]), output.pair_totals(), &mut output).unwrap();
+    let count_neg = output.count_neg.clone();
+    // The call compares the numbers of mined pairs.
+    let (pos, neg) = (loss::RowNumbers::new(&count_pos[..], &[]), loss::RowNumbers::new(&count_neg[..], &[]));
+    abi.gradient(&part, pos, neg, &mut output).unwrap();
+    assert_eq!(output.mined(), (0, 0));
+    assert!(output.mined_of_part(&count_pos, &count_neg).1 > 20 && output.loss > 0.0);
+}
+
+#[test]
+fn a_search_without_labels_follows_a_larger_one_and_the_budget_is_the_caller_s() {
+    let (rows, labels) = random_batch(67);
+    let abi = Abi::open("cpu", 1, 0, Memory::Host);
+    let laid = abi.lay(&loss::Rows::new(rows.view(), &labels));
+    for count in [120, 30] {
+        let queries = Rows { count, labels: null(), ..laid.rows };
+        let (mut indices, mut similarities) = (vec![7u32; count], vec![7f32; count]);
+        let (to, and) = (indices.as_mut_ptr(), similarities.as_mut_ptr());
+        let status = unsafe { ddtas_nearest(abi.handle.0, &raw const queries, null(), 1, to, and) };
+        assert_eq!(status, Status::Ok, "{}", abi.message());
+    }
+    let bytes = [1, 0].map(|workspace_bytes| {
+        let options = ContextOptions { device: c"cpu".as_ptr(), threads: 1, ..unsafe { std::mem::zeroed() } };
+        let options = ContextOptions { struct_size: size_of::<ContextOptions>(), workspace_bytes, ..options };
+        let (mut context, mut bytes) = (std::ptr::null_mut(), 0);
+        let mut result = empty_result();
+        unsafe {
+            ddtas_context_create(&raw const options, &raw mut context, std::ptr::null_mut(), 0);
+            let status = ddtas_loss(context, null(), &raw const laid.rows, null(), &raw mut result);
+            assert_eq!((status, ddtas_workspace_bytes(context, &raw mut bytes)), (Status::Ok, Status::Ok));
+            ddtas_context_destroy(context);
+        }
+        bytes
+    });
+    assert!(bytes[0] + 1000 < bytes[1], "{bytes:?}: of one byte, and of the default");
+}
+
+#[test]
+fn a_message_is_never_cut_within_a_character() {
+    let options = ContextOptions { device: c"\u{e4}\u{f6}\u{fc}".as_ptr(), ..unsafe { std::mem::zeroed() } };
+    let options = ContextOptions { struct_size: size_of::<ContextOptions>(), ..options };
+    for bytes in 1..30 {
+        let (mut context, mut message) = (std::ptr::null_mut(), [7u8; 30]);
+        let to = message.as_mut_ptr().cast();
+        let status = unsafe { ddtas_context_create(&raw const options, &raw mut context, to, bytes) };
+        assert_eq!(status, Status::InvalidValue);
+        let text = std::ffi::CStr::from_bytes_until_nul(&message).unwrap().to_str();
+        assert!(text.is_ok_and(|text| text.len() + 2 >= bytes), "{bytes}: {message:?}");
+    }
+}
+
+#[test]
 fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
     let (rows, labels) = random_batch(62);
     // The batch is among the references, but rounded, so that it cannot be recognised by value.

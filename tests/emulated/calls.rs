@@ -10,6 +10,7 @@ use ddtas::loss::{
     Batch, Identity, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, Rows, ThresholdGradient,
 };
 use ddtas_cases::random::{Draw, draw, tangent};
+use ddtas_cases::{check_outputs_are_refilled, check_what_is_remembered};
 
 use super::{golden_case, random_rows};
 
@@ -56,6 +57,67 @@ fn the_threshold_pass_needs_its_loss() {
     let relabelled = Batch::square(rows.view(), &reversed);
     let refused = backend.threshold_gradient(&relabelled, direction.view(), None);
     assert!(matches!(refused, Err(Error::OutOfOrder(_))));
+    check_what_is_remembered(&mut *backend);
+}
+
+#[test]
+fn an_output_that_is_used_again_is_refilled() {
+    check_outputs_are_refilled(&mut *emulated::open(Options::default(), 15));
+}
+
+#[test]
+fn steps_of_another_part_are_refused() {
+    let how = Draw { rows: 12, dim: 8, classes: 3, noise: 1.5, ignored: 0, duplicates: 0 };
+    let (rows, labels) = draw(how, 51);
+    let all = Rows::new(rows.view(), &labels);
+    let own = |first, end| Rows::new(rows.slice(ndarray::s![first..end, ..]), &labels[first..end]);
+    let part = Batch::part(own(4, 8), all, Identity::From(4), 12);
+    let shifted = Batch::part(own(3, 7), all, Identity::From(3), 12);
+    assert_ne!(labels[3..7], labels[4..8]);
+    let shorter = Batch::part(own(4, 7), all, Identity::From(4), 12);
+    let (settings, mut output) = (LossSettings::default(), LossOutput::default());
+    let mut backend = emulated::open(Options::default(), 16);
+    for other in [shifted, shorter, Batch { total: Some(13), ..part }, part.with_reference_gradient()] {
+        backend.same_class(&part, &settings, &mut output).unwrap();
+        let numbers = vec![0.5; other.anchors.labels.len()];
+        let refused = backend.sweep(&other, RowNumbers::new(&numbers, &[]), &mut output);
+        assert!(matches!(refused, Err(Error::OutOfOrder(_))), "{refused:?}");
+    }
+}
+
+#[test]
+fn terms_of_the_anchors_add_up_to_the_loss_of_any_total() {
+    let how = Draw { rows: 150, dim: 8, classes: 30, noise: 1.5, ignored: 9, duplicates: 0 };
+    let (rows, labels) = draw(how, 1);
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(17), Options::default());
+    for total in [None, Some(400)] {
+        let (batch, mut output) =
+            (Batch { total, ..Batch::square(rows.view(), &labels) }, LossOutput::default());
+        backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
+        let (terms, _) = backend.terms_of_last_loss().unwrap();
+        assert!(output.active > 50 && (terms.iter().sum::<f64>() - output.loss).abs() < 1e-9 * output.loss);
+    }
+}
+
+#[test]
+fn slopes_of_steep_positives_fit_half_precision() {
+    // Derivatives of weights by lambda_pos are up to beta / 4 times as large as weights.
+    let how = Draw { rows: 150, dim: 16, classes: 10, noise: 1.5, ignored: 0, duplicates: 0 };
+    let (rows, labels) = draw(how, 3);
+    let narrow = rows.mapv(half::f16::from_f32);
+    let batch = Batch::square(narrow.view(), &labels);
+    let settings = LossSettings { mining: Mining::None, alpha: 2.0, beta: 1e4, ..LossSettings::default() };
+    let mut first = LossOutput::default();
+    CpuBackend::new().loss(&batch, &settings, &mut first).unwrap();
+    // The slope is largest at the threshold.
+    let settings = LossSettings { lambda_pos: first.min_pos[0].into(), ..settings };
+    let backends: [Box<dyn Backend>; 2] =
+        [emulated::open(Options::default(), 18), Box::new(CpuBackend::new())];
+    let [got, want] = backends.map(|mut backend| {
+        backend.loss(&batch, &settings, &mut LossOutput::default()).unwrap();
+        backend.threshold_gradient(&batch, tangent(150, 16, 1).view(), None).unwrap()
+    });
+    assert!((got.pos - want.pos).abs() < 1e-2 * want.pos.abs(), "{got:?} {want:?}");
 }
 
 /// Losses and steps of a part without anchors, and the sums after them.
