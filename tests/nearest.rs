@@ -122,3 +122,22 @@ fn lists_too_long_for_shared_memory_are_merged_where_they_are() {
         agree(&mut backend(seed, multiprocessors, hopper, true), &queries, Some(&references), 1_000, &what);
     }
 }
+
+#[test]
+fn more_queries_than_lists_have_memory_for_are_searched_in_turns() {
+    // Five query tiles, whose lists take 1 MiB each: two tiles at a time.
+    let (e, r) = (rows(600, 16, 8), rows(300, 16, 9));
+    let (e16, r16) = (e.mapv(half::f16::from_f32), r.mapv(half::f16::from_f32));
+    let labels = vec![0; 600];
+    let queries = Rows { embeddings: Embeddings::F16(e16.view()), labels: &labels };
+    let references = Rows { embeddings: Embeddings::F16(r16.view()), labels: &labels[..300] };
+    for (seed, hopper, turns) in [(50, false, 3), (51, true, 3)] {
+        let device = EmulatedDevice::new(seed).with_multiprocessors(1).with_list_bytes(1 << 21);
+        let device = if hopper { device.as_hopper() } else { device };
+        let mut backend = DeviceBackend::new(device, Options::default());
+        agree(&mut backend, &queries, Some(&references), 10, &format!("hopper {hopper}"));
+        let merges =
+            backend.device().launched().iter().filter(|kernel| **kernel == "retrieval_merge").count();
+        assert_eq!(merges, turns, "hopper {hopper}");
+    }
+}

@@ -119,7 +119,8 @@ impl CpuBackend {
     }
 
     /// A backend that keeps candidates in at most `budget` bytes. The result is the same bit for bit;
-    /// tiles that do not fit are computed again.
+    /// tiles that do not fit are computed again. The room of the batch before is kept for the next one, and given
+    /// back by the loss after it if both exceed the budget.
     #[must_use]
     pub fn with_budget(budget: usize) -> Self {
         Self::of_budget(Some(budget))

@@ -50,6 +50,8 @@ pub struct DeviceProperties {
     pub multiprocessors: u32,
     /// Whether the kernels that only Hopper (sm_90) runs can be launched.
     pub warpgroup_products: bool,
+    /// Most bytes of a search's lists at a time; more queries are searched in turns.
+    pub list_bytes: usize,
 }
 
 /// A machine that runs kernels, in the order they were launched.

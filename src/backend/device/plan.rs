@@ -146,7 +146,8 @@ mod tests {
     use super::super::{Precision, params};
     use super::*;
 
-    const H200: DeviceProperties = DeviceProperties { multiprocessors: 132, warpgroup_products: true };
+    const H200: DeviceProperties =
+        DeviceProperties { multiprocessors: 132, warpgroup_products: true, list_bytes: 1 << 30 };
     const PRECISIONS: [Precision; 4] =
         [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16];
 

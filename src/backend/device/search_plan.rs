@@ -4,9 +4,6 @@ use super::DeviceProperties;
 use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
 use super::shape::{Shape, tiles};
 
-/// Most bytes of lists at a time; more queries are searched in blocks. A multiple of what all multiprocessors
-/// of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
-const LIST_BYTES: usize = 1 << 30;
 /// Fixed cost of a block in products of a tile: its start, and cutting its lists at the end.
 const BLOCK_TILES: usize = 4;
 /// Rounds of a merge that take as long as the product of a tile of 512 dimensions, and merges that a
@@ -34,7 +31,7 @@ impl SearchPlan {
     /// Plans a search of `shape.anchors` queries among `shape.reference_count()` rows.
     pub fn new(shape: &Shape, k: usize, gpu: DeviceProperties) -> Self {
         let (queries, references) = (tiles(shape.anchors), tiles(shape.reference_count()));
-        let DeviceProperties { multiprocessors, warpgroup_products } = gpu;
+        let DeviceProperties { multiprocessors, warpgroup_products, list_bytes } = gpu;
         let multiprocessors = multiprocessors as usize;
         // On GPUs other than Hopper two blocks of 16-bit rows share a multiprocessor.
         let sharing = if warpgroup_products || !shape.precision.is_narrow() { 1 } else { 2 };
@@ -45,7 +42,7 @@ impl SearchPlan {
         // Two lists of a query, where two warps divide a tile's columns or two teams divide the tiles.
         let lists = if warpgroup_products && !shape.precision.is_narrow() { 1 } else { 2 };
         let tile_bytes = lists * capacity * TILE as usize * size_of::<u64>();
-        let turn = |splits: usize| (LIST_BYTES / (tile_bytes * splits)).clamp(1, queries);
+        let turn = |splits: usize| (list_bytes / (tile_bytes * splits)).clamp(1, queries);
         let cost = |&splits: &usize| {
             let turn = turn(splits);
             let rounds = |tiles: usize| (tiles * splits).div_ceil(blocks);
@@ -54,7 +51,7 @@ impl SearchPlan {
             let merges = shape.anchors.div_ceil(MERGES * multiprocessors);
             TILE_ROUNDS * all_rounds * (references.div_ceil(splits) + BLOCK_TILES) + merges * merge
         };
-        let most = references.min(blocks).min(LIST_BYTES / tile_bytes).max(1);
+        let most = references.min(blocks).min(list_bytes / tile_bytes).max(1);
         let splits = (1..=most).min_by_key(cost).unwrap_or(1);
         Self { kept, capacity, splits, lists: lists * splits, turn: turn(splits) }
     }
@@ -72,13 +69,16 @@ mod tests {
     use super::super::params::RETRIEVAL_MERGE_EXTRA_BYTES;
     use super::*;
 
+    const LIST_BYTES: usize = 1 << 30;
+
     fn plan(queries: usize, references: usize, k: usize) -> SearchPlan {
         plan_of(queries, references, k, true)
     }
 
     fn plan_of(queries: usize, references: usize, k: usize, warpgroup_products: bool) -> SearchPlan {
         let shape = Shape { references: Some(references), ..Shape::square(queries, 512, Precision::Bf16) };
-        SearchPlan::new(&shape, k, DeviceProperties { multiprocessors: 132, warpgroup_products })
+        let gpu = DeviceProperties { multiprocessors: 132, warpgroup_products, list_bytes: LIST_BYTES };
+        SearchPlan::new(&shape, k, gpu)
     }
 
     #[test]

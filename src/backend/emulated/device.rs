@@ -48,7 +48,8 @@ impl EmulatedDevice {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         // Two, so that small batches are split among blocks as on a GPU.
-        let properties = DeviceProperties { multiprocessors: 2, warpgroup_products: false };
+        let properties =
+            DeviceProperties { multiprocessors: 2, warpgroup_products: false, list_bytes: 1 << 30 };
         Self { seed, launched: Vec::new(), fills: 0, properties }
     }
 
@@ -64,6 +65,12 @@ impl EmulatedDevice {
     pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
         let properties = DeviceProperties { multiprocessors: multiprocessors.max(1), ..self.properties };
         Self { properties, ..self }
+    }
+
+    /// The same with less memory for a search's lists.
+    #[must_use]
+    pub fn with_list_bytes(self, list_bytes: usize) -> Self {
+        Self { properties: DeviceProperties { list_bytes, ..self.properties }, ..self }
     }
 
     /// The kernels launched so far, in order.
