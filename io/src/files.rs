@@ -20,12 +20,32 @@ const LINKS: usize = 40;
 /// # Errors
 /// [`Error::Io`] if the file cannot be written, flushed or renamed.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let written = if is_special(path) {
-        OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(bytes))
-    } else {
-        replace(&target(path), bytes)
+    write_together(&[(path, bytes)])
+}
+
+/// As [`write_atomic`] for files that belong together: all are written before the first is renamed.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_together(files: &[(&Path, &[u8])]) -> Result<()> {
+    let mut partials = Vec::new();
+    let mut write = |path: &Path, bytes: &[u8]| {
+        if is_special(path) {
+            return OpenOptions::new().write(true).open(path)?.write_all(bytes);
+        }
+        let (partial, mut file) = partial_beside(&target(path))?;
+        partials.push((partial, path.to_path_buf()));
+        file.write_all(bytes).and_then(|()| file.sync_all())
     };
-    written.map_err(Error::io("write", path))
+    let written =
+        files.iter().try_for_each(|(path, bytes)| write(path, bytes).map_err(Error::io("write", path)));
+    let rename = |(partial, path): &(PathBuf, PathBuf)| {
+        fs::rename(partial, target(path)).map_err(Error::io("write", path))
+    };
+    written.and_then(|()| partials.iter().try_for_each(rename)).inspect_err(|_| {
+        // Best effort: what is left of a failed write is of no use.
+        partials.iter().for_each(|(partial, _)| _ = fs::remove_file(partial));
+    })
 }
 
 /// Serialises a path as text, also one that is not UTF-8.
@@ -34,15 +54,6 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Errors of `serializer`.
 pub fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let (partial, mut file) = partial_beside(path)?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    written.and_then(|()| fs::rename(&partial, path)).inspect_err(|_| {
-        // Best effort: what is left of a failed write is of no use.
-        let _ = fs::remove_file(&partial);
-    })
 }
 
 /// A new file that no other writer has, in the folder of `path`.
@@ -176,6 +187,16 @@ mod tests {
         });
         assert_eq!(fs::read(&other).unwrap(), b"the user's");
         assert_eq!(names(folder.path()), ["a", "a.partial"]);
+    }
+
+    #[test]
+    fn of_files_that_belong_together_none_is_replaced_unless_all_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (folder.path().join("a"), folder.path().join("none/b"));
+        fs::write(&a, "old").unwrap();
+        assert!(write_together(&[(&a, b"new"), (&b, b"new")]).is_err());
+        assert_eq!(fs::read(&a).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["a"]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use ndarray::Array2;
 
 use super::npy;
 use crate::{Error, Result};
-use ddtas_io::files::{check_place, write_atomic};
+use ddtas_io::files::{check_place, write_together};
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
 
 /// Key of the rows' names in the metadata.
@@ -42,6 +42,14 @@ struct Beside {
     names: Vec<String>,
     labels: Option<Vec<i64>>,
     metadata: BTreeMap<String, String>,
+    /// CRC-32 of the .npy; none in files of earlier versions and of other programs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crc32: Option<String>,
+}
+
+/// The checksum of a .npy in its .json.
+fn checksum(matrix: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(matrix))
 }
 
 /// Checks that the .json for the .npy `path` can be written, and is not a file of another program.
@@ -148,13 +156,21 @@ impl EmbeddingsFile {
             return Err(Error::format(path, "the matrix is empty"));
         }
         to_unit_rows(path, "embeddings", &mut values)?;
-        let [_, beside, labels] = Self::files(path);
-        let beside: Beside = match std::fs::read(&beside) {
+        let [_, json, labels] = Self::files(path);
+        let beside: Beside = match std::fs::read(&json) {
             Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| Error::format(&beside, format!("not what `embed` writes: {error}")))?,
+                .map_err(|error| Error::format(&json, format!("not what `embed` writes: {error}")))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Beside::default(),
-            Err(error) => return Err(Error::io("read", &beside)(error)),
+            Err(error) => return Err(Error::io("read", &json)(error)),
         };
+        if beside.crc32.as_ref().is_some_and(|written| *written != checksum(bytes)) {
+            let json = json.display();
+            let reason = format!(
+                "is not the matrix that {json} belongs to: embed the pictures again, or remove `crc32` from {json} if its names and \
+                 labels are those of these rows"
+            );
+            return Err(Error::format(path, reason));
+        }
         let labels = match beside.labels {
             None if labels.is_file() => {
                 let bytes = std::fs::read(&labels).map_err(Error::io("read", &labels))?;
@@ -179,7 +195,7 @@ impl EmbeddingsFile {
         Ok(self)
     }
 
-    /// Writes the file atomically, in the format of its extension. The .json of a .npy is written first.
+    /// Writes the file atomically, in the format of its extension; a .npy together with its .json.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) for another extension; [`Io`](ddtas_io::Error::Io), for example if the
@@ -204,10 +220,10 @@ impl EmbeddingsFile {
     fn write_npy(&self, path: &Path) -> Result<()> {
         let cannot = |reason: String| Error::format(path, format!("cannot be written as .npy ({reason})"));
         let Self { names, labels, metadata, .. } = self.clone();
-        let beside = Beside { names, labels, metadata };
+        let matrix = npy::write(&self.values);
+        let beside = Beside { names, labels, metadata, crc32: Some(checksum(&matrix)) };
         let text = serde_json::to_vec(&beside).map_err(|e| cannot(e.to_string()))?;
-        write_atomic(&path.with_extension("json"), &text)?;
-        Ok(write_atomic(path, &npy::write(&self.values))?)
+        Ok(write_together(&[(&path.with_extension("json"), &text), (path, &matrix)])?)
     }
 }
 
@@ -290,6 +306,24 @@ mod tests {
         assert_eq!(beside["labels"][1], -1);
         assert_eq!(beside["metadata"]["root"], "pictures");
         assert!(example().write(&folder.path().join("e.csv")).is_err());
+    }
+
+    #[test]
+    fn a_npy_with_the_json_of_another_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        example().write(&at("e.npy")).unwrap();
+        let other = EmbeddingsFile { values: array![[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]], ..example() };
+        other.write(&at("f.npy")).unwrap();
+        std::fs::copy(at("f.json"), at("e.json")).unwrap();
+        let said = EmbeddingsFile::read(&at("e.npy")).unwrap_err().to_string();
+        assert!(said.contains("e.npy: is not the matrix that"), "{said}");
+        // As earlier versions wrote it.
+        let text = std::fs::read_to_string(at("e.json")).unwrap();
+        let mut beside: serde_json::Map<_, _> = serde_json::from_str(&text).unwrap();
+        beside.remove("crc32").unwrap();
+        std::fs::write(at("e.json"), serde_json::to_vec(&beside).unwrap()).unwrap();
+        assert_eq!(EmbeddingsFile::read(&at("e.npy")).unwrap(), example());
     }
 
     #[test]
