@@ -295,6 +295,19 @@ fn flips_change_embeddings_and_files_remember_them() {
 }
 
 #[test]
+fn a_gallery_remembers_the_size_of_its_pictures() {
+    printed("embed --checkpoint run --images data --out s.safetensors --image-size 32");
+    let search = "search --checkpoint run --gallery s.safetensors --query data/class00/0.png";
+    assert_refused(&mut ddtas_train(search), "with --image-size 32, not 16: give it here too");
+    assert!(printed(&format!("{search} --image-size 32")).contains("1.000"));
+    // Files of earlier versions do not have it.
+    change(&place().join("s.safetensors"), &place().join("s.safetensors"), |facts, _| {
+        facts.remove("ddtas.image-size").unwrap();
+    });
+    printed(search);
+}
+
+#[test]
 fn queries_that_stand_in_the_gallery_are_noticed() {
     for side in ["query", "gallery"] {
         folder_of_pictures(&place().join("own").join(side), 4, 3);

@@ -145,6 +145,12 @@ impl Embedder {
         self.flips
     }
 
+    /// Side of the pictures that the network sees.
+    #[must_use]
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
     /// Dimensions of an embedding.
     #[must_use]
     pub fn dim(&self) -> usize {

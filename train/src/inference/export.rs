@@ -11,6 +11,7 @@ use super::file::{EmbeddingsFile, Format, check_beside};
 use super::origin;
 use super::pictures::{Pictures, slash_separated};
 use crate::data::Unreadable;
+use crate::train::checkpoint::IMAGE_SIZE;
 use crate::{Error, Result};
 use ddtas_io::files::{as_text, check_output};
 
@@ -111,6 +112,7 @@ pub(super) fn embed_folder(
     let mut metadata = origin::metadata(root, paths.iter().copied());
     metadata.insert(CHECKPOINT.to_owned(), embedder.fingerprint().to_owned());
     metadata.insert(CLASSES.to_owned(), serde_json::json!(classes).to_string());
+    metadata.insert(IMAGE_SIZE.to_owned(), embedder.image_size().to_string());
     if embedder.flips() {
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
     }
