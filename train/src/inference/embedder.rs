@@ -26,10 +26,11 @@ pub struct NetworkSettings {
     #[arg(long, value_enum, requires = "weights", conflicts_with = "checkpoint")]
     pub backbone: Option<BackboneKind>,
     /// The weights of --backbone: .safetensors, .pth or .pt.
-    #[arg(long, value_name = "FILE", requires = "backbone")]
+    // clap does not ask for --backbone beside --checkpoint, since the two cannot be used together.
+    #[arg(long, value_name = "FILE", requires = "backbone", conflicts_with = "checkpoint")]
     pub weights: Option<PathBuf>,
     /// How features are pooled over the picture [default: avg; cls for a transformer].
-    #[arg(long, value_enum, requires = "backbone")]
+    #[arg(long, value_enum, requires = "backbone", conflicts_with = "checkpoint")]
     pub pooling: Option<PoolingKind>,
     /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
     #[arg(long, value_name = "PIXELS")]
