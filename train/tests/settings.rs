@@ -20,6 +20,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--dataset folder --data-root nowhere", "--data-root nowhere does not exist"),
     ("--dataset folder --data-root DATA --train-classes 1", "train-classes"),
     ("--dataset folder --data-root DATA --train-classes 8", "train-classes"),
+    ("--dataset folder --data-root DATA --train-classes 18446744073709551614", "train-classes"),
     ("--train-classes 4", "train-classes"),
     ("--crop-to-box", "crop-to-box"),
     ("--data-seed 9223372036854775808", "--data-seed 9223372036854775808 is out of range"),
@@ -94,6 +95,10 @@ const TRAIN: &[(&str, &str)] = &[
     ("--schedule step", "--schedule step: needs --milestones"),
     ("--schedule step --milestones 8,8", "--milestones 8,8: give rising steps"),
     ("--schedule step --milestones 0,8", "--milestones 0,8: give rising steps"),
+    (
+        "--schedule step --milestones 2,18446744073709551615",
+        "--milestones 2,18446744073709551615 is out of range",
+    ),
     ("--milestones 8", "--schedule step"),
     ("--milestone-factor 0", "milestone-factor"),
     ("--ema 1", "ema"),
