@@ -154,6 +154,19 @@ fn a_limit_on_file_size_costs_one_line_and_loses_nothing() {
 }
 
 #[test]
+fn a_run_that_cannot_begin_leaves_its_folder_to_another() {
+    let place = Place::new();
+    let (run, mut limited) = (place.run("run"), Command::new("sh"));
+    let begin = arguments(&place.data, &run, &["--steps", "2"]);
+    limited.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\"", PROGRAM]);
+    let output = limited.args(&begin).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.lines().last().unwrap().starts_with("ddtas-train: cannot write "), "{said}");
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 0);
+    assert_finished(&finish(&begin));
+}
+
+#[test]
 fn a_full_disk_costs_one_line_and_loses_nothing() {
     let place = Place::new();
     let (unbroken, disk, out) = (place.run("unbroken"), place.run("disk"), place.run("out"));
