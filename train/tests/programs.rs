@@ -367,6 +367,26 @@ fn unfinished(name: &str) -> String {
 }
 
 #[test]
+fn damage_in_a_run_is_found_before_it_goes_on() {
+    let run = place().join("damaged");
+    fs::create_dir(&run).unwrap();
+    for entry in fs::read_dir(place().join("run")).unwrap().flatten() {
+        fs::copy(entry.path(), run.join(entry.file_name())).unwrap();
+    }
+    let metrics = fs::read(run.join("metrics.jsonl")).unwrap();
+    let mut damaged = metrics.clone();
+    damaged[2] = b'\xff';
+    fs::write(run.join("metrics.jsonl"), damaged).unwrap();
+    let more = "--resume damaged --steps 6";
+    assert_refused(&mut ddtas_train(more), "metrics.jsonl: line 1: ");
+    assert_refused(&mut ddtas_train(more), "begin a new run with --init damaged/last.safetensors");
+    fs::write(run.join("metrics.jsonl"), metrics).unwrap();
+    fs::write(run.join("best.safetensors"), "garbage").unwrap();
+    let said = said(more);
+    assert!(said.contains("best.safetensors: ") && said.contains("the best weights so far, after"), "{said}");
+}
+
+#[test]
 fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     let name = unfinished("moved");
     let (old, new) = (place().join("moved data"), place().join("elsewhere"));

@@ -144,12 +144,19 @@ pub fn resume(
         let (settings, _) = settings.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
+        let best = files.as_ref().and_then(|files| state.warning_of_best(&files.folder.best()));
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
-        let warning = state.warning_of_ranks(&settings, ranks.size());
+        let ranks_changed = state.warning_of_ranks(&settings, ranks.size());
+        let warnings = [best, ranks_changed];
         let done = state.step;
         if resumed {
             run.go_on(state)?;
         }
-        run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
+        run.train(
+            &device,
+            Some(done),
+            begun,
+            warnings.iter().flatten().map(|line| Event::Warning(line)).collect(),
+        )
     })
 }
