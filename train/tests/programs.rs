@@ -294,6 +294,18 @@ fn flips_change_embeddings_and_files_remember_them() {
     assert_eq!(json("eval --checkpoint run --flips --json")["queries"], 16);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn pictures_are_not_left_out_because_file_handles_are() {
+    // The most file handles with which the program starts, but cannot open a picture.
+    let program = assert_cmd::cargo::cargo_bin("ddtas-train");
+    let script = "ulimit -n 4; exec \"$0\" embed --checkpoint run --images data --out handles.npy";
+    let mut limited = Command::new("sh");
+    limited.current_dir(place()).args(["-c", script]).arg(program);
+    assert_refused(&mut limited, "Too many open files");
+    assert!(!place().join("handles.npy").exists());
+}
+
 #[test]
 fn a_gallery_remembers_the_size_of_its_pictures() {
     printed("embed --checkpoint run --images data --out s.safetensors --image-size 32");
