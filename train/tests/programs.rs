@@ -294,6 +294,24 @@ fn flips_change_embeddings_and_files_remember_them() {
     assert_eq!(json("eval --checkpoint run --flips --json")["queries"], 16);
 }
 
+#[cfg(unix)]
+#[test]
+fn control_characters_in_names_are_printed_escaped() {
+    let odd = "line\n\u{1b}[2J.png";
+    let from = place().join("data/class00/0.png");
+    fs::create_dir(place().join("controls")).unwrap();
+    fs::copy(&from, place().join("controls").join(odd)).unwrap();
+    let mut search = ddtas_train("search --checkpoint run --gallery controls --json --query");
+    let found = search.arg(Path::new("controls").join(odd)).output().unwrap();
+    let found: Value = serde_json::from_slice(&found.stdout).unwrap();
+    assert_eq!(found["queries"][0]["answers"][0]["name"], odd);
+    let mut search = ddtas_train("search --checkpoint run --gallery controls --query");
+    let printed = search.arg(Path::new("controls").join(odd)).output().unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert_eq!(printed.matches("line\\n\\u{1b}[2J.png").count(), 2, "{printed}");
+    assert!(!printed.contains('\u{1b}') && printed.lines().count() == 2, "{printed}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn pictures_are_not_left_out_because_file_handles_are() {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
-use ddtas_io::console::{counted, print_result, reader_has_gone, say};
+use ddtas_io::console::{counted, print_result, printable, reader_has_gone, say};
 use ddtas_io::progress::Progress as Shown;
 use ddtas_train::arguments::quoted;
 use ddtas_train::ranks::Collective;
@@ -250,6 +250,6 @@ fn table(out: &mut Vec<u8>, summary: &Summary) -> io::Result<()> {
         summary.seed,
         summary.training_seconds,
         summary.total_seconds,
-        summary.folder.display(),
+        printable(&summary.folder.display().to_string()),
     )
 }
