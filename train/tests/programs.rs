@@ -325,6 +325,33 @@ fn pictures_are_not_left_out_because_file_handles_are() {
 }
 
 #[test]
+fn weights_that_give_nan_or_zeros_are_named() {
+    let head = |to: &str, value: f32| {
+        change(&place().join("run/best.safetensors"), &place().join(to), |_, tensors| {
+            for (.., bytes) in tensors.iter_mut().filter(|tensor| tensor.0.starts_with("head.")) {
+                bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
+            }
+        });
+    };
+    head("nan.safetensors", f32::NAN);
+    head("zeros.safetensors", 0.0);
+    for (arguments, what) in [
+        ("embed --checkpoint nan.safetensors --images data --out nan.npy", "nan.safetensors: holds weights"),
+        ("eval --checkpoint zeros.safetensors --dataset folder --data-root data", "class04/0.png to zeros"),
+        (
+            "--init zeros.safetensors --dataset folder --data-root data --output zeros",
+            "class04/0.png to zeros",
+        ),
+    ] {
+        let network = if arguments.starts_with("--") { WIDTHS } else { "" };
+        assert_refused(&mut ddtas_train(&format!("{arguments}{network}")), what);
+    }
+}
+
+/// The network of [`small_run`].
+const WIDTHS: &str = " --image-size 16 --width 8 --embedding-dim 32 --steps 2";
+
+#[test]
 fn a_gallery_remembers_the_size_of_its_pictures() {
     printed("embed --checkpoint run --images data --out s.safetensors --image-size 32");
     let search = "search --checkpoint run --gallery s.safetensors --query data/class00/0.png";
