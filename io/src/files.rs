@@ -97,6 +97,12 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Whether the path ends in the name of a file: `a/` and `a/.` do not, although [`Path::file_name`] finds `a`.
+fn names_file(path: &Path) -> bool {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    path.file_name().is_some_and(|name| bytes.ends_with(name.as_encoded_bytes()))
+}
+
 /// Checks that a result can be written to `path`, before the work that makes it. `name` is the setting.
 ///
 /// # Errors
@@ -106,7 +112,7 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
         return Ok(());
     }
     let real = target(path);
-    if real.file_name().is_none() || !folder_of(&real).is_dir() || real.is_dir() {
+    if !names_file(path) || !names_file(&real) || !folder_of(&real).is_dir() || real.is_dir() {
         return Err(Error::misuse(name, path.display(), "must be a file in an existing folder"));
     }
     let looked_up = match fs::symlink_metadata(&real) {
@@ -228,7 +234,13 @@ mod tests {
             check_place("out", &folder.path().join(name)).unwrap();
         }
         let long = folder.path().join("x".repeat(256));
-        for path in [Path::new("/proc/x.npy"), &long, &folder.path().join("none/a"), folder.path()] {
+        for path in [
+            Path::new("/proc/x.npy"),
+            &long,
+            &folder.path().join("none/a"),
+            &folder.path().join("a/"),
+            folder.path(),
+        ] {
             let said = check_place("out", path).unwrap_err().to_string();
             assert!(said.starts_with(&format!("--out {}: ", path.display())), "{said}");
         }

@@ -209,6 +209,8 @@ fn an_output_replaces_nothing_that_is_read_or_another_program_s() {
     for (arguments, what) in [
         ("embed --checkpoint cp.safetensors --images data --out ./cp.safetensors", "file of --checkpoint"),
         ("embed --checkpoint run --images data --out run/best.safetensors", "file of --checkpoint"),
+        ("embed --checkpoint run --images data --out run/last.safetensors", "would be overwritten"),
+        ("embed --checkpoint run --images data --out new.safetensors/", "must be a file in an existing"),
         ("embed --checkpoint run --images data --out theirs.npy", "theirs.json would be overwritten"),
         ("eval --checkpoint cp.safetensors --html cp.safetensors", "file of --checkpoint"),
         (

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::Event;
 use super::embedder::{Embedder, NetworkSettings};
-use super::file::{EmbeddingsFile, Format, check_beside};
+use super::file::{EmbeddingsFile, Format, check_beside, check_replaced};
 use super::origin;
 use super::pictures::{Pictures, slash_separated};
 use crate::data::Unreadable;
@@ -64,8 +64,9 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
         return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
     };
     check_output("out", &settings.out, settings.network.files())?;
-    if format == Format::Npy {
-        check_beside(&settings.out)?;
+    match format {
+        Format::Npy => check_beside(&settings.out)?,
+        Format::Safetensors => check_replaced(&settings.out)?,
     }
     let begun = Instant::now();
     let embedder = Embedder::new(&settings.network)?;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 
 use super::npy;
+use crate::error::fits;
 use crate::{Error, Result};
 use ddtas_io::files::{check_place, write_together};
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
@@ -70,6 +71,18 @@ pub(super) fn check_beside(path: &Path) -> Result<()> {
         return Err(Error::misuse("out", path.display(), reason));
     }
     Ok(())
+}
+
+/// Checks that the .safetensors `path`, if it is there, is not another file than one of embeddings, such as a checkpoint.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused).
+pub(super) fn check_replaced(path: &Path) -> Result<()> {
+    let ours = |bytes: Vec<u8>| {
+        bytes.is_empty() || TensorFile::parse(path, &bytes).is_ok_and(|file| file.has("embeddings"))
+    };
+    let good = !path.is_file() || std::fs::read(path).is_ok_and(ours);
+    fits(good, "out", path.display(), "would be overwritten, and holds no embeddings: give another")
 }
 
 /// Format of a file, by its extension.
