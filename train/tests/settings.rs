@@ -357,6 +357,9 @@ fn flags_that_change_nothing_are_named_once() {
     for (arguments, flag) in [
         ("--meta-classes 3 --lambda-rate 0.1", "--lambda-rate changes nothing here: it is for --generator"),
         ("--mining none --gamma 0.2", "--gamma changes nothing"),
+        ("--lambda 0.1 --lambda-pos 0.8 --lambda-neg 0.7", "--lambda changes nothing here"),
+        ("--weight-decay 0 --weight-decay-on weights", "--weight-decay-on changes nothing here"),
+        ("--rank-timeout 9", "--rank-timeout changes nothing here: it is for --ranks nccl"),
         ("--mining asms --probe-ratio 0.2", "--probe-ratio changes nothing here: it is for --mining at-asms"),
         (
             "--generator head --meta recent --meta-images 3",
