@@ -83,6 +83,23 @@ fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
+/// Reads a file that a flag names.
+///
+/// # Errors
+/// As [`check_regular`]; [`Error::Io`] if it cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    check_regular(path)?;
+    fs::read(path).map_err(Error::io("read", path))
+}
+
+/// Refuses pipes, where reading may wait for ever, and devices, which may have no end.
+///
+/// # Errors
+/// [`Error::Format`].
+pub fn check_regular(path: &Path) -> Result<()> {
+    if is_special(path) { Err(Error::format(path, "is a pipe or a device: give a file")) } else { Ok(()) }
+}
+
 /// Where `path` leads if it is a symbolic link, even to a file that is not there yet.
 fn target(path: &Path) -> PathBuf {
     let mut path = path.to_path_buf();

@@ -323,6 +323,34 @@ fn every_setting_of_a_resumed_run_is_applied_or_refused() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_are_refused_where_files_are_read() {
+    let place = tempfile::tempdir().unwrap();
+    runs::folder_of_pictures(&place.path().join("data"), 4, 2);
+    let pipe = std::process::Command::new("mkfifo").arg(place.path().join("pipe")).status();
+    assert!(pipe.unwrap().success());
+    small_run(&place.path().join("run"), 1).assert().success();
+    for arguments in [
+        "--init FILE --output new",
+        "--backbone resnet18 --weights FILE --output new",
+        "--generator head --generator-init FILE --output new",
+        "eval --checkpoint FILE",
+        "eval --embeddings FILE",
+        "search --checkpoint run --gallery FILE --query data/class00/0.png",
+        "search --checkpoint run --gallery data --query FILE",
+    ] {
+        for file in ["pipe", "/dev/zero"] {
+            let mut program = Command::cargo_bin("ddtas-train").unwrap();
+            program.current_dir(place.path()).timeout(std::time::Duration::from_secs(60));
+            runs::assert_refused(
+                program.args(arguments.replace("FILE", file).split(' ')),
+                "is a pipe or a device",
+            );
+        }
+    }
+}
+
 fn names(folder: &Path) -> BTreeSet<std::ffi::OsString> {
     std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::Error;
 use ddtas_io::console::one_line;
+use ddtas_io::files::check_regular;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::options::DecoderOptions;
@@ -29,6 +30,9 @@ pub struct PixelBox {
 /// [`Io`](ddtas_io::Error::Io) if the system lacks memory or file handles, which is no fault of the file;
 /// [`Undecodable`](Failure::Undecodable) has the reason in one line.
 pub(super) fn decode(path: &Path) -> Result<RgbImage, Failure> {
+    if check_regular(path).is_err() {
+        return Err(Failure::Undecodable("it is a pipe or a device".into()));
+    }
     let bytes = std::fs::read(path).map_err(|error| match error.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Failure::System(Error::io("read", path)(error)),
         _ => Failure::Undecodable(error.to_string()),

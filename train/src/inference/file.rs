@@ -14,7 +14,7 @@ use ndarray::Array2;
 use super::npy;
 use crate::error::fits;
 use crate::{Error, Result};
-use ddtas_io::files::{check_place, write_together};
+use ddtas_io::files::{check_place, read, write_together};
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
 
 /// Key of the rows' names in the metadata.
@@ -132,7 +132,7 @@ impl EmbeddingsFile {
     /// # Errors
     /// As [`read`](Self::read).
     pub fn read_with_gallery(path: &Path) -> Result<(Self, Option<EmbeddedRows>)> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let bytes = read(path)?;
         if Format::of(path).is_ok_and(|format| format == Format::Npy) {
             return Ok((Self::read_npy(path, &bytes)?, None));
         }
