@@ -141,6 +141,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--lambda-max 3", "lambda-max"),
     ("--lambda 0.9 --lambda-max 0.85 --generator head", "--lambda-pos 0.9"),
     ("--lambda-neg 0.5 --generator head", "--lambda-pair"),
+    ("--lambda-pos 0.5 --generator head", "--generator head: learns one lambda: give --lambda, or both"),
     ("--lambda-ensemble 2 --generator full", "--lambda-ensemble 2: needs --generator head"),
 ];
 

@@ -194,9 +194,9 @@ impl GeneratorSettings {
         }
         fits(
             self.lambda_pair || start.pos == start.neg,
-            "lambda-neg",
-            start.neg,
-            "give the same as --lambda-pos, or --lambda-pair to learn them apart",
+            "generator",
+            name_of(&self.kind),
+            "learns one lambda: give --lambda, or both --lambda-pos and --lambda-neg the same, or --lambda-pair to learn two",
         )
     }
 

@@ -145,7 +145,10 @@ impl Engine {
     /// Checks that a batch of `pictures` has one for each rank; `names` are the settings whose product it is.
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
-            return Err(Error::misuse(names, pictures, "needs at least one picture for each rank"));
+            let ranks = self.ranks.size();
+            let reason =
+                format!("needs at least one picture for each rank: give more, or fewer than {ranks} --ranks");
+            return Err(Error::misuse(names, pictures, reason));
         }
         if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
             // Ranks may have different numbers of chunks, each with its own normalisation.
