@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Lambda;
 use crate::Result;
-use crate::arguments::defaults;
+use crate::arguments::{defaults, name_of};
 use crate::error::{check, fits};
 
 /// Which parameters the virtual step of meta-learning updates.
