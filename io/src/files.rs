@@ -114,7 +114,7 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Whether the path ends in the name of a file: `a/` and `a/.` do not, although [`Path::file_name`] finds `a`.
+/// Whether the path ends in a file's name: `a/` and `a/.` do not, though [`Path::file_name`] finds `a`.
 fn names_file(path: &Path) -> bool {
     let bytes = path.as_os_str().as_encoded_bytes();
     path.file_name().is_some_and(|name| bytes.ends_with(name.as_encoded_bytes()))

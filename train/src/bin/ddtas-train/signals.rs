@@ -11,7 +11,7 @@ use signal_hook::flag;
 /// A shell's exit code for a program that a signal ended is this plus the signal's number.
 const SIGNALLED: i32 = 128;
 
-/// Ignores SIGXFSZ, as Rust ignores SIGPIPE: a write beyond the limit of a file's size then fails with an error.
+/// Ignores SIGXFSZ, as Rust ignores SIGPIPE: a write beyond the limit of a file's size then fails.
 pub fn ignore_file_limit() {
     #[cfg(unix)]
     // SAFETY: no handler is installed, and no other thread runs yet.
