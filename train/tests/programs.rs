@@ -165,6 +165,8 @@ fn the_folder_of_a_run_means_its_best_checkpoint() {
     );
     assert_refused(&mut ddtas_train("eval --checkpoint run --html nowhere/eval.html"), "--html nowhere");
     assert_refused(&mut ddtas_train("eval --checkpoint data"), "holds no best.safetensors");
+    let finished = json("--resume run --json");
+    assert_eq!((&finished["steps"], &finished["best"]["queries"]), (&4.into(), &16.into()), "{finished}");
 }
 
 #[test]

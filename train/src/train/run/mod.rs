@@ -30,6 +30,7 @@ use std::time::Instant;
 use super::checkpoint::Checkpoint;
 use super::folder::RunFolder;
 use super::records::RecordWriter;
+use super::report::Findings;
 use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
@@ -125,7 +126,12 @@ pub fn resume(
         // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
+            let findings = if writes { Findings::read(folder.path()).ok() } else { None };
+            let summary = findings.and_then(|findings| {
+                Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds())
+            });
             return Ok(Outcome::FinishedBefore {
+                summary: summary.map(Box::new),
                 folder: folder.path().to_path_buf(),
                 command: ranks.to_resume(folder.path()),
                 step: state.step,
