@@ -316,18 +316,6 @@ fn control_characters_in_names_are_printed_escaped() {
     assert!(!printed.contains('\u{1b}') && printed.lines().count() == 2, "{printed}");
 }
 
-#[cfg(target_os = "linux")]
-#[test]
-fn pictures_are_not_left_out_because_file_handles_are() {
-    // The most file handles with which the program starts, but cannot open a picture.
-    let program = assert_cmd::cargo::cargo_bin("ddtas-train");
-    let script = "ulimit -n 4; exec \"$0\" embed --checkpoint run --images data --out handles.npy";
-    let mut limited = Command::new("sh");
-    limited.current_dir(place()).args(["-c", script]).arg(program);
-    assert_refused(&mut limited, "Too many open files");
-    assert!(!place().join("handles.npy").exists());
-}
-
 #[test]
 fn weights_that_give_nan_or_zeros_are_named() {
     let head = |to: &str, value: f32| {
