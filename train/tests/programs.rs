@@ -429,6 +429,8 @@ fn damage_in_a_run_is_found_before_it_goes_on() {
     let more = "--resume damaged --steps 6";
     assert_refused(&mut ddtas_train(more), "metrics.jsonl: line 1: ");
     assert_refused(&mut ddtas_train(more), "begin a new run with --init damaged/last.safetensors");
+    let config = |run: &str| fs::read_to_string(place().join(run).join("config.toml")).unwrap();
+    assert_eq!(config("damaged"), config("run"), "the steps are not changed yet");
     fs::write(run.join("metrics.jsonl"), metrics).unwrap();
     fs::write(run.join("best.safetensors"), "garbage").unwrap();
     let said = said(more);

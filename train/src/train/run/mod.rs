@@ -144,12 +144,14 @@ pub fn resume(
         }
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         state.check_data(&dataset)?;
-        if writes && (overrides.has("data_root") || overrides.has("steps")) {
-            folder.write_config(&settings)?;
-        }
-        let (settings, _) = settings.fitted(&dataset.train);
+        let config = settings;
+        let (settings, _) = config.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
+        // Only now, so that a run that cannot go on stays as it is.
+        if let Some(files) = files.as_ref().filter(|_| overrides.has("data_root") || overrides.has("steps")) {
+            files.folder.write_config(&config)?;
+        }
         let best = files.as_ref().and_then(|files| state.warning_of_best(&files.folder.best()));
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
         let ranks_changed = state.warning_of_ranks(&settings, ranks.size());
