@@ -20,12 +20,32 @@ const LINKS: usize = 40;
 /// # Errors
 /// [`Error::Io`] if the file cannot be written, flushed or renamed.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let written = if is_special(path) {
-        OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(bytes))
-    } else {
-        replace(&target(path), bytes)
+    write_together(&[(path, bytes)])
+}
+
+/// As [`write_atomic`] for files that belong together: all are written before the first is renamed.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_together(files: &[(&Path, &[u8])]) -> Result<()> {
+    let mut partials = Vec::new();
+    let mut write = |path: &Path, bytes: &[u8]| {
+        if is_special(path) {
+            return OpenOptions::new().write(true).open(path)?.write_all(bytes);
+        }
+        let (partial, mut file) = partial_beside(&target(path))?;
+        partials.push((partial, path.to_path_buf()));
+        file.write_all(bytes).and_then(|()| file.sync_all())
     };
-    written.map_err(Error::io("write", path))
+    let written =
+        files.iter().try_for_each(|(path, bytes)| write(path, bytes).map_err(Error::io("write", path)));
+    let rename = |(partial, path): &(PathBuf, PathBuf)| {
+        fs::rename(partial, target(path)).map_err(Error::io("write", path))
+    };
+    written.and_then(|()| partials.iter().try_for_each(rename)).inspect_err(|_| {
+        // Best effort: what is left of a failed write is of no use.
+        partials.iter().for_each(|(partial, _)| _ = fs::remove_file(partial));
+    })
 }
 
 /// Serialises a path as text, also one that is not UTF-8.
@@ -34,15 +54,6 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Errors of `serializer`.
 pub fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let (partial, mut file) = partial_beside(path)?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    written.and_then(|()| fs::rename(&partial, path)).inspect_err(|_| {
-        // Best effort: what is left of a failed write is of no use.
-        let _ = fs::remove_file(&partial);
-    })
 }
 
 /// A new file that no other writer has, in the folder of `path`.
@@ -72,6 +83,23 @@ fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
+/// Reads a file that a flag names.
+///
+/// # Errors
+/// As [`check_regular`]; [`Error::Io`] if it cannot be read.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    check_regular(path)?;
+    fs::read(path).map_err(Error::io("read", path))
+}
+
+/// Refuses pipes, where reading may wait for ever, and devices, which may have no end.
+///
+/// # Errors
+/// [`Error::Format`].
+pub fn check_regular(path: &Path) -> Result<()> {
+    if is_special(path) { Err(Error::format(path, "is a pipe or a device: give a file")) } else { Ok(()) }
+}
+
 /// Where `path` leads if it is a symbolic link, even to a file that is not there yet.
 fn target(path: &Path) -> PathBuf {
     let mut path = path.to_path_buf();
@@ -86,6 +114,12 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Whether the path ends in a file's name: `a/` and `a/.` do not, though [`Path::file_name`] finds `a`.
+fn names_file(path: &Path) -> bool {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    path.file_name().is_some_and(|name| bytes.ends_with(name.as_encoded_bytes()))
+}
+
 /// Checks that a result can be written to `path`, before the work that makes it. `name` is the setting.
 ///
 /// # Errors
@@ -95,7 +129,7 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
         return Ok(());
     }
     let real = target(path);
-    if real.file_name().is_none() || !folder_of(&real).is_dir() || real.is_dir() {
+    if !names_file(path) || !names_file(&real) || !folder_of(&real).is_dir() || real.is_dir() {
         return Err(Error::misuse(name, path.display(), "must be a file in an existing folder"));
     }
     let looked_up = match fs::symlink_metadata(&real) {
@@ -179,6 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn of_files_that_belong_together_none_is_replaced_unless_all_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (folder.path().join("a"), folder.path().join("none/b"));
+        fs::write(&a, "old").unwrap();
+        assert!(write_together(&[(&a, b"new"), (&b, b"new")]).is_err());
+        assert_eq!(fs::read(&a).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["a"]);
+    }
+
+    #[test]
     fn links_are_followed_and_devices_stay() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
@@ -207,7 +251,13 @@ mod tests {
             check_place("out", &folder.path().join(name)).unwrap();
         }
         let long = folder.path().join("x".repeat(256));
-        for path in [Path::new("/proc/x.npy"), &long, &folder.path().join("none/a"), folder.path()] {
+        for path in [
+            Path::new("/proc/x.npy"),
+            &long,
+            &folder.path().join("none/a"),
+            &folder.path().join("a/"),
+            folder.path(),
+        ] {
             let said = check_place("out", path).unwrap_err().to_string();
             assert!(said.starts_with(&format!("--out {}: ", path.display())), "{said}");
         }

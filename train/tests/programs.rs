@@ -165,6 +165,8 @@ fn the_folder_of_a_run_means_its_best_checkpoint() {
     );
     assert_refused(&mut ddtas_train("eval --checkpoint run --html nowhere/eval.html"), "--html nowhere");
     assert_refused(&mut ddtas_train("eval --checkpoint data"), "holds no best.safetensors");
+    let finished = json("--resume run --json");
+    assert_eq!((&finished["steps"], &finished["best"]["queries"]), (&4.into(), &16.into()), "{finished}");
 }
 
 #[test]
@@ -209,6 +211,8 @@ fn an_output_replaces_nothing_that_is_read_or_another_program_s() {
     for (arguments, what) in [
         ("embed --checkpoint cp.safetensors --images data --out ./cp.safetensors", "file of --checkpoint"),
         ("embed --checkpoint run --images data --out run/best.safetensors", "file of --checkpoint"),
+        ("embed --checkpoint run --images data --out run/last.safetensors", "would be overwritten"),
+        ("embed --checkpoint run --images data --out new.safetensors/", "must be a file in an existing"),
         ("embed --checkpoint run --images data --out theirs.npy", "theirs.json would be overwritten"),
         ("eval --checkpoint cp.safetensors --html cp.safetensors", "file of --checkpoint"),
         (
@@ -294,6 +298,64 @@ fn flips_change_embeddings_and_files_remember_them() {
     assert_eq!(json("eval --checkpoint run --flips --json")["queries"], 16);
 }
 
+#[cfg(unix)]
+#[test]
+fn control_characters_in_names_are_printed_escaped() {
+    let odd = "line\n\u{1b}[2J.png";
+    let from = place().join("data/class00/0.png");
+    fs::create_dir(place().join("controls")).unwrap();
+    fs::copy(&from, place().join("controls").join(odd)).unwrap();
+    let mut search = ddtas_train("search --checkpoint run --gallery controls --json --query");
+    let found = search.arg(Path::new("controls").join(odd)).output().unwrap();
+    let found: Value = serde_json::from_slice(&found.stdout).unwrap();
+    assert_eq!(found["queries"][0]["answers"][0]["name"], odd);
+    let mut search = ddtas_train("search --checkpoint run --gallery controls --query");
+    let printed = search.arg(Path::new("controls").join(odd)).output().unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert_eq!(printed.matches("line\\n\\u{1b}[2J.png").count(), 2, "{printed}");
+    assert!(!printed.contains('\u{1b}') && printed.lines().count() == 2, "{printed}");
+}
+
+#[test]
+fn weights_that_give_nan_or_zeros_are_named() {
+    let head = |to: &str, value: f32| {
+        change(&place().join("run/best.safetensors"), &place().join(to), |_, tensors| {
+            for (.., bytes) in tensors.iter_mut().filter(|tensor| tensor.0.starts_with("head.")) {
+                bytes.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
+            }
+        });
+    };
+    head("nan.safetensors", f32::NAN);
+    head("zeros.safetensors", 0.0);
+    for (arguments, what) in [
+        ("embed --checkpoint nan.safetensors --images data --out nan.npy", "nan.safetensors: holds weights"),
+        ("eval --checkpoint zeros.safetensors --dataset folder --data-root data", "class04/0.png to zeros"),
+        (
+            "--init zeros.safetensors --dataset folder --data-root data --output zeros",
+            "class04/0.png to zeros",
+        ),
+    ] {
+        let network = if arguments.starts_with("--") { WIDTHS } else { "" };
+        assert_refused(&mut ddtas_train(&format!("{arguments}{network}")), what);
+    }
+}
+
+/// The network of [`small_run`].
+const WIDTHS: &str = " --image-size 16 --width 8 --embedding-dim 32 --steps 2";
+
+#[test]
+fn a_gallery_remembers_the_size_of_its_pictures() {
+    printed("embed --checkpoint run --images data --out s.safetensors --image-size 32");
+    let search = "search --checkpoint run --gallery s.safetensors --query data/class00/0.png";
+    assert_refused(&mut ddtas_train(search), "with --image-size 32, not 16: give it here too");
+    assert!(printed(&format!("{search} --image-size 32")).contains("1.000"));
+    // Files of earlier versions do not have it.
+    change(&place().join("s.safetensors"), &place().join("s.safetensors"), |facts, _| {
+        facts.remove("ddtas.image-size").unwrap();
+    });
+    printed(search);
+}
+
 #[test]
 fn queries_that_stand_in_the_gallery_are_noticed() {
     for side in ["query", "gallery"] {
@@ -351,6 +413,28 @@ fn unfinished(name: &str) -> String {
     command.arg("--data-root").arg(&data).assert().failure();
     folder_of_pictures(&data, 8, 4);
     name.to_owned()
+}
+
+#[test]
+fn damage_in_a_run_is_found_before_it_goes_on() {
+    let run = place().join("damaged");
+    fs::create_dir(&run).unwrap();
+    for entry in fs::read_dir(place().join("run")).unwrap().flatten() {
+        fs::copy(entry.path(), run.join(entry.file_name())).unwrap();
+    }
+    let metrics = fs::read(run.join("metrics.jsonl")).unwrap();
+    let mut damaged = metrics.clone();
+    damaged[2] = b'\xff';
+    fs::write(run.join("metrics.jsonl"), damaged).unwrap();
+    let more = "--resume damaged --steps 6";
+    assert_refused(&mut ddtas_train(more), "metrics.jsonl: line 1: ");
+    assert_refused(&mut ddtas_train(more), "begin a new run with --init damaged/last.safetensors");
+    let config = |run: &str| fs::read_to_string(place().join(run).join("config.toml")).unwrap();
+    assert_eq!(config("damaged"), config("run"), "the steps are not changed yet");
+    fs::write(run.join("metrics.jsonl"), metrics).unwrap();
+    fs::write(run.join("best.safetensors"), "garbage").unwrap();
+    let said = said(more);
+    assert!(said.contains("best.safetensors: ") && said.contains("the best weights so far, after"), "{said}");
 }
 
 #[test]

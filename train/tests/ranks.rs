@@ -144,7 +144,10 @@ fn what_cannot_be_shared_is_refused_in_one_line() {
     let data = place.path().join("data");
     folder_of_pictures(&data, 10, 4);
     let run = |name: &str, more: &[&str]| run_on(&data, &place.path().join(name), 2, more);
-    assert_refused(&mut run("few", &["--ranks", "16"]), "at least one picture for each rank");
+    assert_refused(
+        &mut run("few", &["--ranks", "16"]),
+        "at least one picture for each rank: give more, or fewer than 16 --ranks",
+    );
     let chunks = ["--ranks", "2", "--batch-norm", "synchronised", "--chunk-size", "4"];
     assert_refused(&mut run("chunks", &chunks), "--chunk-size");
     // All pictures of the last test class are on rank 1.

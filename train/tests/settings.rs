@@ -20,6 +20,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--dataset folder --data-root nowhere", "--data-root nowhere does not exist"),
     ("--dataset folder --data-root DATA --train-classes 1", "train-classes"),
     ("--dataset folder --data-root DATA --train-classes 8", "train-classes"),
+    ("--dataset folder --data-root DATA --train-classes 18446744073709551614", "train-classes"),
     ("--train-classes 4", "train-classes"),
     ("--crop-to-box", "crop-to-box"),
     ("--data-seed 9223372036854775808", "--data-seed 9223372036854775808 is out of range"),
@@ -39,6 +40,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--preset large", "--preset"),
     ("--width 0", "width"),
     ("--depth 0", "depth"),
+    ("--width 4096 --depth 64", "--width 4096: training a network of --width 4096 --depth 64"),
     ("--batch-norm thawed", "--batch-norm"),
     ("--batch-norm frozen", "--batch-norm frozen: needs --weights FILE or --init FILE"),
     ("--batch-norm frozen-statistics", "--batch-norm frozen-statistics: needs --weights FILE or --init FILE"),
@@ -94,6 +96,10 @@ const TRAIN: &[(&str, &str)] = &[
     ("--schedule step", "--schedule step: needs --milestones"),
     ("--schedule step --milestones 8,8", "--milestones 8,8: give rising steps"),
     ("--schedule step --milestones 0,8", "--milestones 0,8: give rising steps"),
+    (
+        "--schedule step --milestones 2,18446744073709551615",
+        "--milestones 2,18446744073709551615 is out of range",
+    ),
     ("--milestones 8", "--schedule step"),
     ("--milestone-factor 0", "milestone-factor"),
     ("--ema 1", "ema"),
@@ -136,6 +142,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--lambda-max 3", "lambda-max"),
     ("--lambda 0.9 --lambda-max 0.85 --generator head", "--lambda-pos 0.9"),
     ("--lambda-neg 0.5 --generator head", "--lambda-pair"),
+    ("--lambda-pos 0.5 --generator head", "--generator head: learns one lambda: give --lambda, or both"),
     ("--lambda-ensemble 2 --generator full", "--lambda-ensemble 2: needs --generator head"),
 ];
 
@@ -230,6 +237,14 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&eval, "--nmi-steps 3", "--nmi"),
         ("eval", "--checkpoint nowhere", "nowhere"),
         ("eval", "--embeddings nowhere", "nowhere"),
+        (&eval, "--weights nowhere", "cannot be used with"),
+        (&embed, "--pooling avg", "cannot be used with"),
+        (&search, "--weights nowhere", "cannot be used with"),
+        ("eval --embeddings nowhere", "--weights nowhere", "cannot be used with"),
+        ("eval --embeddings nowhere", "--pooling avg", "cannot be used with"),
+        ("eval --embeddings nowhere", "--train-classes 4", "cannot be used with"),
+        ("eval --embeddings nowhere", "--data-seed 4", "cannot be used with"),
+        ("eval --embeddings nowhere", "--crop-to-box", "cannot be used with"),
         ("eval", "", "--checkpoint: missing"),
         ("embed --images DATA --out out.npy", "", "--checkpoint: missing"),
         ("search --gallery DATA --query DATA/class00/0.png", "", "--checkpoint: missing"),
@@ -310,6 +325,34 @@ fn every_setting_of_a_resumed_run_is_applied_or_refused() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn pipes_and_devices_are_refused_where_files_are_read() {
+    let place = tempfile::tempdir().unwrap();
+    runs::folder_of_pictures(&place.path().join("data"), 4, 2);
+    let pipe = std::process::Command::new("mkfifo").arg(place.path().join("pipe")).status();
+    assert!(pipe.unwrap().success());
+    small_run(&place.path().join("run"), 1).assert().success();
+    for arguments in [
+        "--init FILE --output new",
+        "--backbone resnet18 --weights FILE --output new",
+        "--generator head --generator-init FILE --output new",
+        "eval --checkpoint FILE",
+        "eval --embeddings FILE",
+        "search --checkpoint run --gallery FILE --query data/class00/0.png",
+        "search --checkpoint run --gallery data --query FILE",
+    ] {
+        for file in ["pipe", "/dev/zero"] {
+            let mut program = Command::cargo_bin("ddtas-train").unwrap();
+            program.current_dir(place.path()).timeout(std::time::Duration::from_secs(60));
+            runs::assert_refused(
+                program.args(arguments.replace("FILE", file).split(' ')),
+                "is a pipe or a device",
+            );
+        }
+    }
+}
+
 fn names(folder: &Path) -> BTreeSet<std::ffi::OsString> {
     std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
 }
@@ -344,6 +387,9 @@ fn flags_that_change_nothing_are_named_once() {
     for (arguments, flag) in [
         ("--meta-classes 3 --lambda-rate 0.1", "--lambda-rate changes nothing here: it is for --generator"),
         ("--mining none --gamma 0.2", "--gamma changes nothing"),
+        ("--lambda 0.1 --lambda-pos 0.8 --lambda-neg 0.7", "--lambda changes nothing here"),
+        ("--weight-decay 0 --weight-decay-on weights", "--weight-decay-on changes nothing here"),
+        ("--rank-timeout 9", "--rank-timeout changes nothing here: it is for --ranks nccl"),
         ("--mining asms --probe-ratio 0.2", "--probe-ratio changes nothing here: it is for --mining at-asms"),
         (
             "--generator head --meta recent --meta-images 3",

@@ -144,13 +144,26 @@ fn a_limit_on_file_size_costs_one_line_and_loses_nothing() {
 
     let checkpoint = fs::read(run.join("last.safetensors")).unwrap();
     let mut limited = Command::new("sh");
-    // A limit of 32 KiB, with its signal ignored, so that writing fails as on a full disk.
-    limited.args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"", PROGRAM]);
+    // A limit of 32 KiB, whose signal the program ignores, so that writing fails as on a full disk.
+    limited.args(["-c", "ulimit -f 64; exec \"$0\" \"$@\"", PROGRAM]);
     let output = limited.args(resume(&run)).output().unwrap();
     assert_one_line(&output, "last.safetensors", &run);
     assert!(fs::read(run.join("last.safetensors")).unwrap() == checkpoint, "the checkpoint was touched");
     assert_finished(&finish(&resume(&run)));
     assert_same(&run, &unbroken, "file size limit");
+}
+
+#[test]
+fn a_run_that_cannot_begin_leaves_its_folder_to_another() {
+    let place = Place::new();
+    let (run, mut limited) = (place.run("run"), Command::new("sh"));
+    let begin = arguments(&place.data, &run, &["--steps", "2"]);
+    limited.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\"", PROGRAM]);
+    let output = limited.args(&begin).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.lines().last().unwrap().starts_with("ddtas-train: cannot write "), "{said}");
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 0);
+    assert_finished(&finish(&begin));
 }
 
 #[test]

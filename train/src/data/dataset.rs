@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-use super::decode::{PixelBox, cut, decode};
+use super::decode::{Failure, PixelBox, cut, decode};
 use crate::{Error, Result};
 use ddtas_io::files::as_text;
 
@@ -245,7 +245,8 @@ impl Split {
     /// Picture `index`: cached, or else decoded or drawn.
     ///
     /// # Errors
-    /// [`Error::Image`] if the file cannot be read or decoded.
+    /// [`Error::Image`] if the file cannot be read or decoded; [`Io`](ddtas_io::Error::Io) if the system lacks memory or
+    /// file handles.
     pub fn picture(&self, index: usize) -> Result<Arc<RgbImage>> {
         let slot = &self.slots[index];
         match slot.get() {
@@ -265,7 +266,8 @@ impl Split {
                 }
                 Ok(picture)
             }
-            Err(reason) => {
+            Err(Failure::System(error)) => Err(error),
+            Err(Failure::Undecodable(reason)) => {
                 let error = self.image_error(index, reason.clone());
                 // If another thread filled the slot first, it stored the same result.
                 let _ = slot.set(Slot::Unreadable(reason));
@@ -290,12 +292,12 @@ impl Split {
         self.cached_bytes.load(Ordering::Relaxed)
     }
 
-    fn draw(&self, index: usize) -> std::result::Result<RgbImage, String> {
+    fn draw(&self, index: usize) -> std::result::Result<RgbImage, Failure> {
         match (&self.sources[index], &self.artist) {
             (Source::Synthetic { class, instance }, Some(artist)) => Ok(artist.draw(*class, *instance)),
-            (Source::Synthetic { .. }, None) => Err("nobody to draw it".into()),
+            (Source::Synthetic { .. }, None) => Err(Failure::Undecodable("nobody to draw it".into())),
             (Source::File(path), _) => decode(path),
-            (Source::Part { path, area }, _) => cut(&decode(path)?, *area),
+            (Source::Part { path, area }, _) => cut(&decode(path)?, *area).map_err(Failure::Undecodable),
         }
     }
 

@@ -3,7 +3,9 @@
 use std::io::Cursor;
 use std::path::Path;
 
+use crate::Error;
 use ddtas_io::console::one_line;
+use ddtas_io::files::check_regular;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::options::DecoderOptions;
@@ -25,15 +27,34 @@ pub struct PixelBox {
 /// puts transparent pixels over white, and takes the first frame of an animation.
 ///
 /// # Errors
-/// The reason in one line.
-pub(super) fn decode(path: &Path) -> Result<RgbImage, String> {
-    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
-    let format = image::guess_format(&bytes).map_err(|_| {
+/// [`Io`](ddtas_io::Error::Io) if the system lacks memory or file handles, which is no fault of the file;
+/// [`Undecodable`](Failure::Undecodable) has the reason in one line.
+pub(super) fn decode(path: &Path) -> Result<RgbImage, Failure> {
+    if check_regular(path).is_err() {
+        return Err(Failure::Undecodable("it is a pipe or a device".into()));
+    }
+    let bytes = std::fs::read(path).map_err(|error| match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Failure::System(Error::io("read", path)(error)),
+        _ => Failure::Undecodable(error.to_string()),
+    })?;
+    decoded(&bytes).map_err(Failure::Undecodable)
+}
+
+/// Why there is no picture.
+pub(super) enum Failure {
+    /// The file is no readable picture.
+    Undecodable(String),
+    /// The system cannot read any file now.
+    System(Error),
+}
+
+fn decoded(bytes: &[u8]) -> Result<RgbImage, String> {
+    let format = image::guess_format(bytes).map_err(|_| {
         if bytes.is_empty() { "the file is empty" } else { "no JPEG, PNG, WebP, GIF, BMP or TIFF" }
     })?;
     let picture = match format {
-        ImageFormat::Jpeg => decode_jpeg(&bytes)?,
-        _ => decode_bytes(&bytes, format)?,
+        ImageFormat::Jpeg => decode_jpeg(bytes)?,
+        _ => decode_bytes(bytes, format)?,
     };
     let picture = over_white(picture);
     if picture.width() == 0 || picture.height() == 0 {

@@ -252,7 +252,7 @@ fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Resu
         Some(TrainClasses::First(first)) => first,
         _ => count / 2,
     };
-    if first < 2 || first + 2 > count {
+    if first < 2 || first.saturating_add(2) > count {
         return Err(Error::setting(
             "train-classes",
             first,

@@ -243,7 +243,8 @@ impl Shared {
         let wanted = batch[place];
         let first_error = match self.split.picture(wanted) {
             Ok(picture) => return Ok((wanted, picture)),
-            Err(error) => error,
+            Err(error @ Error::Image { .. }) => error,
+            Err(error) => return Err(error),
         };
         let class = &self.split.by_class()[self.split.labels()[wanted] as usize];
         let start = class.iter().position(|&index| index == wanted).unwrap_or(0);
@@ -251,8 +252,10 @@ impl Shared {
         let fresh = others().filter(|index| !batch.contains(index));
         let repeated = others().filter(|index| batch.contains(index));
         for index in fresh.chain(repeated) {
-            if let Ok(picture) = self.split.picture(index) {
-                return Ok((index, picture));
+            match self.split.picture(index) {
+                Ok(picture) => return Ok((index, picture)),
+                Err(Error::Image { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Err(Error::Dataset(format!(

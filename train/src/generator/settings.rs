@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Lambda;
 use crate::Result;
-use crate::arguments::defaults;
+use crate::arguments::{defaults, name_of};
 use crate::error::{check, fits};
 
 /// Which parameters the virtual step of meta-learning updates.
@@ -194,9 +194,9 @@ impl GeneratorSettings {
         }
         fits(
             self.lambda_pair || start.pos == start.neg,
-            "lambda-neg",
-            start.neg,
-            "give the same as --lambda-pos, or --lambda-pair to learn them apart",
+            "generator",
+            name_of(&self.kind),
+            "learns one lambda: give --lambda, or both --lambda-pos and --lambda-neg the same, or --lambda-pair to learn two",
         )
     }
 

@@ -13,7 +13,7 @@ use crate::model::{
     checksum, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
-use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};
+use crate::train::{EVALUATION_CHUNK, Embedded, check_directions, check_embedding, embed_batches};
 use crate::{Error, Result};
 
 /// Command-line arguments that select the network and its input.
@@ -26,10 +26,11 @@ pub struct NetworkSettings {
     #[arg(long, value_enum, requires = "weights", conflicts_with = "checkpoint")]
     pub backbone: Option<BackboneKind>,
     /// The weights of --backbone: .safetensors, .pth or .pt.
-    #[arg(long, value_name = "FILE", requires = "backbone")]
+    // clap does not ask for --backbone beside --checkpoint, since the two cannot be used together.
+    #[arg(long, value_name = "FILE", requires = "backbone", conflicts_with = "checkpoint")]
     pub weights: Option<PathBuf>,
     /// How features are pooled over the picture [default: avg; cls for a transformer].
-    #[arg(long, value_enum, requires = "backbone")]
+    #[arg(long, value_enum, requires = "backbone", conflicts_with = "checkpoint")]
     pub pooling: Option<PoolingKind>,
     /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
     #[arg(long, value_name = "PIXELS")]
@@ -145,6 +146,12 @@ impl Embedder {
         self.flips
     }
 
+    /// Side of the pictures that the network sees.
+    #[must_use]
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
     /// Dimensions of an embedding.
     #[must_use]
     pub fn dim(&self) -> usize {
@@ -166,7 +173,8 @@ impl Embedder {
     /// Embeds the pictures of a split in order, cropped as in the evaluations of training. Unreadable ones are left out.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite;
+    /// [`Error::Dataset`] if a class has no readable picture; [`Format`](ddtas_io::Error::Format) if an embedding is not
+    /// finite; [`Error::Diverged`] if one is zero;
     /// [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
@@ -174,7 +182,16 @@ impl Embedder {
         let shown = (self.image_size, self.preprocessing);
         let batches = EvaluationBatches::new(Arc::clone(split), shown, EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
-        let embedded = embed_batches(|images| self.forward(images), &self.device, batches, progress)?;
+        let embedded = embed_batches(|images| self.forward(images), &self.device, batches, progress);
+        let embedded = embedded.map_err(|error| match error {
+            // Nothing was trained.
+            Error::Diverged(_) => {
+                let reason = "holds weights with which the network maps a picture to NaN: give others";
+                Error::format(&self.file, reason)
+            }
+            other => other,
+        })?;
+        check_directions(&embedded, split)?;
         check_classes(split, &embedded.labels)?;
         Ok(embedded)
     }

@@ -26,7 +26,10 @@ pub struct EvalSettings {
     pub network: NetworkSettings,
     /// A file of embeddings instead: .npy, with labels in a .json or .labels.npy file of the same name, or .safetensors with
     /// tensors `embeddings` and `labels`, and for a separate gallery `references` and `reference_labels`.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size", "flips"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "checkpoint", "backbone", "weights", "pooling", "image_size", "flips",
+        "dataset", "data_root", "train_classes", "data_seed", "crop_to_box",
+    ])]
     pub embeddings: Option<PathBuf>,
 
     /// Data set to evaluate on [default: that of the checkpoint's run].

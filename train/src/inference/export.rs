@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use super::Event;
 use super::embedder::{Embedder, NetworkSettings};
-use super::file::{EmbeddingsFile, Format, check_beside};
+use super::file::{EmbeddingsFile, Format, check_beside, check_replaced};
 use super::origin;
 use super::pictures::{Pictures, slash_separated};
 use crate::data::Unreadable;
+use crate::train::checkpoint::IMAGE_SIZE;
 use crate::{Error, Result};
 use ddtas_io::files::{as_text, check_output};
 
@@ -63,8 +64,9 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
         return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
     };
     check_output("out", &settings.out, settings.network.files())?;
-    if format == Format::Npy {
-        check_beside(&settings.out)?;
+    match format {
+        Format::Npy => check_beside(&settings.out)?,
+        Format::Safetensors => check_replaced(&settings.out)?,
     }
     let begun = Instant::now();
     let embedder = Embedder::new(&settings.network)?;
@@ -111,6 +113,7 @@ pub(super) fn embed_folder(
     let mut metadata = origin::metadata(root, paths.iter().copied());
     metadata.insert(CHECKPOINT.to_owned(), embedder.fingerprint().to_owned());
     metadata.insert(CLASSES.to_owned(), serde_json::json!(classes).to_string());
+    metadata.insert(IMAGE_SIZE.to_owned(), embedder.image_size().to_string());
     if embedder.flips() {
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
     }

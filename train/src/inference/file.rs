@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 
 use super::npy;
+use crate::error::fits;
 use crate::{Error, Result};
-use ddtas_io::files::{check_place, write_atomic};
+use ddtas_io::files::{check_place, read, write_together};
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
 
 /// Key of the rows' names in the metadata.
@@ -42,6 +43,14 @@ struct Beside {
     names: Vec<String>,
     labels: Option<Vec<i64>>,
     metadata: BTreeMap<String, String>,
+    /// CRC-32 of the .npy; none in files of earlier versions and of other programs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crc32: Option<String>,
+}
+
+/// The checksum of a .npy in its .json.
+fn checksum(matrix: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(matrix))
 }
 
 /// Checks that the .json for the .npy `path` can be written, and is not a file of another program.
@@ -62,6 +71,18 @@ pub(super) fn check_beside(path: &Path) -> Result<()> {
         return Err(Error::misuse("out", path.display(), reason));
     }
     Ok(())
+}
+
+/// Checks that the .safetensors `path`, if it is there, is not another file than one of embeddings, such as a checkpoint.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused).
+pub(super) fn check_replaced(path: &Path) -> Result<()> {
+    let ours = |bytes: Vec<u8>| {
+        bytes.is_empty() || TensorFile::parse(path, &bytes).is_ok_and(|file| file.has("embeddings"))
+    };
+    let good = !path.is_file() || std::fs::read(path).is_ok_and(ours);
+    fits(good, "out", path.display(), "would be overwritten, and holds no embeddings: give another")
 }
 
 /// Format of a file, by its extension.
@@ -111,7 +132,7 @@ impl EmbeddingsFile {
     /// # Errors
     /// As [`read`](Self::read).
     pub fn read_with_gallery(path: &Path) -> Result<(Self, Option<EmbeddedRows>)> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let bytes = read(path)?;
         if Format::of(path).is_ok_and(|format| format == Format::Npy) {
             return Ok((Self::read_npy(path, &bytes)?, None));
         }
@@ -148,13 +169,21 @@ impl EmbeddingsFile {
             return Err(Error::format(path, "the matrix is empty"));
         }
         to_unit_rows(path, "embeddings", &mut values)?;
-        let [_, beside, labels] = Self::files(path);
-        let beside: Beside = match std::fs::read(&beside) {
+        let [_, json, labels] = Self::files(path);
+        let beside: Beside = match std::fs::read(&json) {
             Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| Error::format(&beside, format!("not what `embed` writes: {error}")))?,
+                .map_err(|error| Error::format(&json, format!("not what `embed` writes: {error}")))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Beside::default(),
-            Err(error) => return Err(Error::io("read", &beside)(error)),
+            Err(error) => return Err(Error::io("read", &json)(error)),
         };
+        if beside.crc32.as_ref().is_some_and(|written| *written != checksum(bytes)) {
+            let json = json.display();
+            let reason = format!(
+                "is not the matrix that {json} belongs to: embed the pictures again, or remove `crc32` from {json} if its names and \
+                 labels are those of these rows"
+            );
+            return Err(Error::format(path, reason));
+        }
         let labels = match beside.labels {
             None if labels.is_file() => {
                 let bytes = std::fs::read(&labels).map_err(Error::io("read", &labels))?;
@@ -179,7 +208,7 @@ impl EmbeddingsFile {
         Ok(self)
     }
 
-    /// Writes the file atomically, in the format of its extension. The .json of a .npy is written first.
+    /// Writes the file atomically, in the format of its extension; a .npy together with its .json.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) for another extension; [`Io`](ddtas_io::Error::Io), for example if the
@@ -204,10 +233,10 @@ impl EmbeddingsFile {
     fn write_npy(&self, path: &Path) -> Result<()> {
         let cannot = |reason: String| Error::format(path, format!("cannot be written as .npy ({reason})"));
         let Self { names, labels, metadata, .. } = self.clone();
-        let beside = Beside { names, labels, metadata };
+        let matrix = npy::write(&self.values);
+        let beside = Beside { names, labels, metadata, crc32: Some(checksum(&matrix)) };
         let text = serde_json::to_vec(&beside).map_err(|e| cannot(e.to_string()))?;
-        write_atomic(&path.with_extension("json"), &text)?;
-        Ok(write_atomic(path, &npy::write(&self.values))?)
+        Ok(write_together(&[(&path.with_extension("json"), &text), (path, &matrix)])?)
     }
 }
 
@@ -290,6 +319,24 @@ mod tests {
         assert_eq!(beside["labels"][1], -1);
         assert_eq!(beside["metadata"]["root"], "pictures");
         assert!(example().write(&folder.path().join("e.csv")).is_err());
+    }
+
+    #[test]
+    fn a_npy_with_the_json_of_another_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        example().write(&at("e.npy")).unwrap();
+        let other = EmbeddingsFile { values: array![[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]], ..example() };
+        other.write(&at("f.npy")).unwrap();
+        std::fs::copy(at("f.json"), at("e.json")).unwrap();
+        let said = EmbeddingsFile::read(&at("e.npy")).unwrap_err().to_string();
+        assert!(said.contains("e.npy: is not the matrix that"), "{said}");
+        // As earlier versions wrote it.
+        let text = std::fs::read_to_string(at("e.json")).unwrap();
+        let mut beside: serde_json::Map<_, _> = serde_json::from_str(&text).unwrap();
+        beside.remove("crc32").unwrap();
+        std::fs::write(at("e.json"), serde_json::to_vec(&beside).unwrap()).unwrap();
+        assert_eq!(EmbeddingsFile::read(&at("e.npy")).unwrap(), example());
     }
 
     #[test]

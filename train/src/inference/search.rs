@@ -9,6 +9,7 @@ use super::file::EmbeddingsFile;
 use super::origin::Origin;
 use super::pictures::Pictures;
 use crate::data::Unreadable;
+use crate::train::checkpoint::IMAGE_SIZE;
 use crate::train::device;
 use crate::{Error, Result};
 use ddtas::backend::Nearest;
@@ -156,6 +157,14 @@ fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> R
         let how =
             if embedder.flips() { "without --flips: leave it out" } else { "with --flips: give it here too" };
         return Err(Error::format(path, format!("was embedded {how}, or embed the pictures again")));
+    }
+    // Files of earlier versions do not have the size.
+    let (given, embedded) = (embedder.image_size().to_string(), gallery.metadata.get(IMAGE_SIZE));
+    if let Some(size) = embedded.filter(|size| known && **size != given) {
+        let reason = format!(
+            "was embedded with --image-size {size}, not {given}: give it here too, or embed the pictures again"
+        );
+        return Err(Error::format(path, reason));
     }
     match gallery.metadata.get(CHECKPOINT) {
         Some(made_by) if made_by != embedder.fingerprint() => {

@@ -10,6 +10,7 @@ use burn::store::burn_pack::Tensor as Packed;
 use burn::tensor::{Bytes, DType, Device};
 use clap::ValueEnum;
 use ddtas_io::console::one_line;
+use ddtas_io::files::check_regular;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
@@ -149,6 +150,7 @@ fn is_left_out(name: &str) -> bool {
 
 /// All tensors of a file, by their names without common prefix.
 fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    check_regular(path)?;
     let mut start = [0; 9];
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
     let length = file.metadata().map_err(Error::io("read", path))?.len();

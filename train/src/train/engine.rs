@@ -18,7 +18,7 @@ use super::generator::{Generator, GeneratorState, WholeNetworkStep};
 use super::memory::Memory;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
-use crate::data::ImageBatch;
+use crate::data::{ImageBatch, Split};
 use crate::generator::{GeneratorKind, Lambda};
 use crate::model::ranks::{check_same_weights, mean_statistics, sum_gradients};
 use crate::model::{EmbeddingNetwork, Normalise, backward, synchronised, to_array};
@@ -145,7 +145,10 @@ impl Engine {
     /// Checks that a batch of `pictures` has one for each rank; `names` are the settings whose product it is.
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
-            return Err(Error::misuse(names, pictures, "needs at least one picture for each rank"));
+            let ranks = self.ranks.size();
+            let reason =
+                format!("needs at least one picture for each rank: give more, or fewer than {ranks} --ranks");
+            return Err(Error::misuse(names, pictures, reason));
         }
         if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
             // Ranks may have different numbers of chunks, each with its own normalisation.
@@ -445,6 +448,27 @@ pub fn embed_batches(
         )));
     }
     Ok(embedded)
+}
+
+/// Checks that every embedding of the pictures of `split` has a direction.
+///
+/// # Errors
+/// [`Error::Diverged`] names the first picture that has none.
+pub fn check_directions(embedded: &Embedded, split: &Split) -> Result<()> {
+    let dim = embedded.values.len() / embedded.labels.len().max(1);
+    let mut rows = embedded.values.chunks_exact(dim.max(1)).zip(&embedded.indices);
+    let Some((_, &index)) = rows.find(|(row, _)| row.iter().all(|&value| value == 0.0)) else {
+        return Ok(());
+    };
+    let file = split.sources()[index].path();
+    let (number, class) = (index + 1, split.class_name(index));
+    let name = match file.as_os_str().is_empty() {
+        true => format!("test picture {number} (class {class})"),
+        false => file.display().to_string(),
+    };
+    Err(Error::Diverged(format!(
+        "the network maps {name} to zeros, which have no direction: give a wider --width, another --pooling or other weights"
+    )))
 }
 
 /// The embeddings of a split.

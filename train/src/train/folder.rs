@@ -39,7 +39,10 @@ impl RunFolder {
         };
         let folder = Self { path };
         let metrics = RecordWriter::create(&folder.metrics())?;
-        files::write_atomic(&folder.config(), config.as_bytes())?;
+        files::write_atomic(&folder.config(), config.as_bytes()).inspect_err(|_| {
+            // Best effort: without config.toml no run could go on from it, and it would keep new runs out.
+            let _ = std::fs::remove_file(folder.metrics());
+        })?;
         Ok((folder, metrics))
     }
 

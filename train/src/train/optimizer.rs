@@ -111,6 +111,8 @@ impl OptimizerSettings {
         fits(is_step || self.milestones.is_empty(), "milestones", &milestones, "needs --schedule step")?;
         let rising = self.milestones.is_sorted_by(|a, b| a < b) && self.milestones.first() != Some(&0);
         fits(rising, "milestones", &milestones, "give rising steps of 1 or more, such as 4000,6000")?;
+        let last = self.milestones.last().copied().unwrap_or(1);
+        check(last <= 1 << 31, "milestones", &milestones, "1 to 2147483648")?;
         let factor = self.milestone_factor;
         check(factor > 0.0 && factor <= 1.0, "milestone-factor", factor, "above 0, at most 1")
     }

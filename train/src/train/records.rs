@@ -1,7 +1,7 @@
 //! The records in metrics.jsonl, each a line of JSON.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -192,18 +192,15 @@ impl RecordWriter {
 /// Reads the records of a run; an incomplete last line, left by a killed process, is ignored.
 ///
 /// # Errors
-/// [`Io`](ddtas_io::Error::Io), or [`Format`](ddtas_io::Error::Format) if a line before the last is not a record.
+/// [`Io`](ddtas_io::Error::Io), or [`Format`](ddtas_io::Error::Format) if a whole line is not a record.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    let lines =
-        BufReader::new(file).lines().collect::<std::io::Result<Vec<_>>>().map_err(Error::io("read", path))?;
-    let mut records = Vec::with_capacity(lines.len());
-    for (number, line) in lines.iter().enumerate() {
-        match serde_json::from_str(line) {
-            Ok(record) => records.push(record),
-            Err(_) if number + 1 == lines.len() => {}
-            Err(error) => return Err(Error::format(path, format!("line {}: {error}", number + 1))),
-        }
-    }
-    Ok(records)
+    let text = std::fs::read(path).map_err(Error::io("read", path))?;
+    let lines = text.split_inclusive(|&byte| byte == b'\n').enumerate();
+    let whole = lines.filter(|(_, line)| line.ends_with(b"\n"));
+    whole
+        .map(|(number, line)| {
+            let bad = |error| Error::format(path, format!("line {}: {error}", number + 1));
+            serde_json::from_slice(line).map_err(bad)
+        })
+        .collect()
 }

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use ddtas_io::console::{counted, print_result};
+use ddtas_io::console::{counted, print_result, printable};
 use ddtas_train::inference::{EmbedSettings, embed as embed_folder};
 
 use super::progress::{during, warn_of_skipped};
@@ -24,7 +24,7 @@ pub fn embed(arguments: &EmbedArguments, quiet: bool) -> ddtas_train::Result<()>
         writeln!(
             out,
             "{}: {} of {} in {}, {} left out, {:.1} s",
-            export.path.display(),
+            printable(&export.path.display().to_string()),
             counted(export.pictures, "picture"),
             counted(export.folders, "folder"),
             counted(export.dim, "dimension"),

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use ddtas_io::console::print_result;
+use ddtas_io::console::{print_result, printable};
 use ddtas_train::inference::{EvalSettings, Evaluation, check_page, evaluate, write_page};
 
 use super::progress::{during, warn_of_skipped};
@@ -40,8 +40,11 @@ fn table(out: &mut Vec<u8>, evaluation: &Evaluation) -> io::Result<()> {
     };
     writeln!(
         out,
-        "{name}: {} queries of {} classes, {against}; {} dimensions",
-        recall.queries, evaluation.classes, evaluation.dim
+        "{}: {} queries of {} classes, {against}; {} dimensions",
+        printable(&name),
+        recall.queries,
+        evaluation.classes,
+        evaluation.dim
     )?;
     if recall.without_match > 0 {
         writeln!(

@@ -110,6 +110,7 @@ fn parsed(command: clap::Command) -> ArgMatches {
 
 fn main() -> ExitCode {
     heap::keep();
+    signals::ignore_file_limit();
     let mut matches = parsed(command());
     if let Some(preset) = matches.get_one::<Preset>("preset") {
         matches = parsed(preset.apply(command()));

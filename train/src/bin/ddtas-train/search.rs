@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use ddtas_io::console::print_result;
+use ddtas_io::console::{print_result, printable};
 use ddtas_train::inference::{Found, SearchSettings, check_page, search as search_pictures, write_sheet};
 
 use super::progress::{during, warn_of_skipped};
@@ -33,10 +33,12 @@ pub fn search(arguments: &SearchArguments, quiet: bool) -> ddtas_train::Result<(
 
 fn lists(out: &mut Vec<u8>, found: &Found) -> io::Result<()> {
     for query in &found.queries {
-        writeln!(out, "{} among {} pictures:", query.path.display(), found.gallery)?;
+        let path = query.path.display().to_string();
+        writeln!(out, "{} among {} pictures:", printable(&path), found.gallery)?;
         for (rank, answer) in query.answers.iter().enumerate() {
             let itself = if answer.itself { "  (the query itself)" } else { "" };
-            writeln!(out, "{:>4}  {:>6.3}  {}{itself}", rank + 1, answer.similarity, answer.name)?;
+            let name = printable(&answer.name);
+            writeln!(out, "{:>4}  {:>6.3}  {name}{itself}", rank + 1, answer.similarity)?;
         }
     }
     Ok(())

@@ -11,6 +11,15 @@ use signal_hook::flag;
 /// A shell's exit code for a program that a signal ended is this plus the signal's number.
 const SIGNALLED: i32 = 128;
 
+/// Ignores SIGXFSZ, as Rust ignores SIGPIPE: a write beyond the limit of a file's size then fails.
+pub fn ignore_file_limit() {
+    #[cfg(unix)]
+    // SAFETY: no handler is installed, and no other thread runs yet.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}
+
 /// State set by the signal handlers.
 pub struct Signals {
     stop: Arc<AtomicBool>,

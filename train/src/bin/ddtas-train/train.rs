@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
-use ddtas_io::console::{counted, print_result, reader_has_gone, say};
+use ddtas_io::console::{counted, print_result, printable, reader_has_gone, say};
 use ddtas_io::progress::Progress as Shown;
 use ddtas_train::arguments::quoted;
 use ddtas_train::ranks::Collective;
@@ -78,14 +78,7 @@ fn on_ranks(
 fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCode {
     match outcome {
         Outcome::Finished(summary) => {
-            // The run folder is complete, so failing to print the table is only a warning.
-            match print_result(output.json, &**summary, table) {
-                Err(error) if !reader_has_gone(&error) => {
-                    let folder = summary.folder.display();
-                    say(format_args!("warning: {error}; {folder}/report.html has the table"));
-                }
-                _ => {}
-            }
+            print_summary(summary, output.json);
             ExitCode::SUCCESS
         }
         Outcome::Stopped { command, phase, step } => {
@@ -94,7 +87,10 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
             say(format_args!("stopped after {steps}{of}; to go on: {command}"));
             signals.exit_code()
         }
-        Outcome::FinishedBefore { folder, command, step } => {
+        Outcome::FinishedBefore { folder, command, step, summary } => {
+            if let Some(summary) = summary.as_ref().filter(|_| output.json) {
+                print_summary(summary, true);
+            }
             let (steps, last) = (counted(*step, "step"), quoted(&folder.join("last.safetensors")));
             let folder = folder.display();
             say(format_args!(
@@ -104,6 +100,17 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
             ExitCode::SUCCESS
         }
         _ => ExitCode::SUCCESS,
+    }
+}
+
+fn print_summary(summary: &Summary, json: bool) {
+    // The run folder is complete, so failing to print the table is only a warning.
+    match print_result(json, summary, table) {
+        Err(error) if !reader_has_gone(&error) => {
+            let folder = summary.folder.display();
+            say(format_args!("warning: {error}; {folder}/report.html has the table"));
+        }
+        _ => {}
     }
 }
 
@@ -250,6 +257,6 @@ fn table(out: &mut Vec<u8>, summary: &Summary) -> io::Result<()> {
         summary.seed,
         summary.training_seconds,
         summary.total_seconds,
-        summary.folder.display(),
+        printable(&summary.folder.display().to_string()),
     )
 }

@@ -9,10 +9,10 @@ use ddtas_train::train::PairLoss;
 use ddtas_train::train::{ScheduleKind, TrainSettings};
 
 /// Arguments by field name, the settings that they need, and a check of these settings.
-type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings) -> bool);
+type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings, &ArgMatches) -> bool);
 
 /// If several rules apply to an argument, the first counts.
-const RULES: [Rule; 9] = [
+const RULES: [Rule; 12] = [
     (
         &[
             "lambda_pair",
@@ -32,28 +32,37 @@ const RULES: [Rule; 9] = [
             "lambda_ensemble",
         ],
         "--generator head or full",
-        |settings| settings.generator.kind != GeneratorKind::Off,
+        |settings, _| settings.generator.kind != GeneratorKind::Off,
     ),
-    (&["meta_classes", "meta_images"], "--meta fresh", |settings| {
+    (&["meta_classes", "meta_images"], "--meta fresh", |settings, _| {
         settings.generator.meta == MetaSource::Fresh
     }),
-    (&["meta_recent"], "--meta recent", |settings| settings.generator.meta == MetaSource::Recent),
-    (&["width", "depth"], "--backbone residual", |settings| settings.backbone == BackboneKind::Residual),
-    (&["gamma"], "a --mining that has tolerances", |settings| settings.mining != Mining::None),
-    (&["negative_ratio"], "--mining asms or at-asms", |settings| {
+    (&["meta_recent"], "--meta recent", |settings, _| settings.generator.meta == MetaSource::Recent),
+    (&["width", "depth"], "--backbone residual", |settings, _| settings.backbone == BackboneKind::Residual),
+    (&["gamma"], "a --mining that has tolerances", |settings, _| settings.mining != Mining::None),
+    (&["negative_ratio"], "--mining asms or at-asms", |settings, _| {
         matches!(settings.mining, Mining::Asms | Mining::AtAsms)
     }),
-    (&["probe_ratio", "tolerance"], "--mining at-asms", |settings| settings.mining == Mining::AtAsms),
-    (&["alpha", "beta", "lambda", "lambda_pos", "lambda_neg"], "--loss soft-contrastive", |settings| {
+    (&["probe_ratio", "tolerance"], "--mining at-asms", |settings, _| settings.mining == Mining::AtAsms),
+    (&["alpha", "beta", "lambda", "lambda_pos", "lambda_neg"], "--loss soft-contrastive", |settings, _| {
         settings.loss == PairLoss::SoftContrastive
     }),
-    (&["milestone_factor"], "--schedule step", |settings| settings.optimizer.schedule == ScheduleKind::Step),
+    (&["lambda"], "a threshold that --lambda-pos and --lambda-neg leave open", |settings, _| {
+        settings.lambda_pos.is_none() || settings.lambda_neg.is_none()
+    }),
+    (&["weight_decay_on"], "--weight-decay above 0", |settings, _| settings.weight_decay > 0.0),
+    (&["rank_timeout"], "--ranks nccl", |_, matches| {
+        matches.get_raw("ranks").is_some_and(|mut values| values.any(|value| value == "nccl"))
+    }),
+    (&["milestone_factor"], "--schedule step", |settings, _| {
+        settings.optimizer.schedule == ScheduleKind::Step
+    }),
 ];
 
 /// A line for each argument of the command line that has no effect with these settings.
 pub fn unused(matches: &ArgMatches, settings: &TrainSettings) -> Vec<String> {
     let mut told = Vec::new();
-    for (arguments, needed, _) in RULES.iter().filter(|(.., chosen)| !chosen(settings)) {
+    for (arguments, needed, _) in RULES.iter().filter(|(.., chosen)| !chosen(settings, matches)) {
         for argument in *arguments {
             let given = matches.value_source(argument) == Some(ValueSource::CommandLine);
             if given && !told.iter().any(|(other, _)| other == argument) {

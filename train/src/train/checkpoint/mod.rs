@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use burn::store::{ModuleSnapshot, SafetensorsStore};
 
 use archive::{Archive, Entry};
+use ddtas_io::files::read;
 use ddtas_io::tensors::Dtype;
 
 use crate::generator::{GeneratorSettings, Thresholds};
@@ -122,7 +123,7 @@ impl Checkpoint {
                 format!("holds no {BEST}: give a checkpoint or the folder of a run"),
             ));
         }
-        Self::parse(path, &std::fs::read(path).map_err(Error::io("read", path))?)
+        Self::parse(path, &read(path)?)
     }
 
     /// Parses the bytes of the file `path`.

@@ -63,7 +63,7 @@ impl Findings {
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is something else.
-    fn read(folder: &Path) -> Result<Self> {
+    pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("report.json");
         let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
         serde_json::from_slice(&text).map_err(|error| Error::format(&path, error.to_string()))

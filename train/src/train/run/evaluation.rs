@@ -10,7 +10,7 @@ use ndarray::Axis;
 use crate::Result;
 use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, check_classes};
 use crate::ranks::{self, Collective, share};
-use crate::train::engine::{Embedded, Engine};
+use crate::train::engine::{Embedded, Engine, check_directions};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
@@ -132,6 +132,7 @@ impl Test<'_> {
             return Ok(None);
         }
         let embedded = embedded.of_all(&*self.ranks)?;
+        check_directions(&embedded, split)?;
         check_classes(split, &embedded.labels)?;
         Ok(Some(embedded))
     }

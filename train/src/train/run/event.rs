@@ -6,10 +6,11 @@ use crate::train::PairLoss;
 use ddtas::retrieval::Recall;
 use ddtas_io::files::as_text;
 
+use super::state::RunState;
 use crate::data::Dataset;
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
-use crate::train::settings::before_training;
+use crate::train::settings::{TrainSettings, before_training};
 
 /// Progress of a run.
 #[derive(Debug)]
@@ -95,6 +96,8 @@ pub enum Outcome {
         command: String,
         /// Steps done.
         step: usize,
+        /// Its outcome, on rank 0.
+        summary: Option<Box<Summary>>,
     },
 }
 
@@ -137,6 +140,35 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// The outcome of a run in this state, with the seconds of training and in all; none before its last evaluation.
+    pub(super) fn of(
+        state: &RunState,
+        settings: &TrainSettings,
+        folder: &Path,
+        seen: bool,
+        [training_seconds, total_seconds]: [f64; 2],
+    ) -> Option<Self> {
+        let best = state.best.as_ref()?;
+        Some(Self {
+            folder: folder.to_path_buf(),
+            seen,
+            continued: settings.init.is_some(),
+            pretrained: settings.weights.is_some(),
+            pixels: state.pixels.clone()?,
+            before: state.before.clone()?,
+            best: best.recall.clone(),
+            best_step: best.step,
+            after: state.after.clone()?,
+            steps: settings.steps,
+            seed: settings.seed,
+            steps_without_pairs: state.steps_without_pairs,
+            replaced: state.replaced,
+            skipped: state.skipped,
+            training_seconds,
+            total_seconds,
+        })
+    }
+
     /// Describes the network before the first step.
     #[must_use]
     pub fn before_training(&self) -> &'static str {

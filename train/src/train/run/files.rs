@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use super::state::RunState;
-use crate::Result;
+use crate::arguments::quoted;
 use crate::train::folder::RunFolder;
 use crate::train::records::{self, Record, RecordWriter};
 use crate::train::settings::TrainSettings;
 use crate::train::tensorboard::EventWriter;
+use crate::{Error, Result};
+use ddtas_io::Error as Program;
 
 /// The open files of a run.
 pub(super) struct Files {
@@ -32,6 +34,14 @@ impl Files {
         state: &RunState,
     ) -> Result<Self> {
         metrics.cut(state.metrics_bytes)?;
+        // The report at the end reads it.
+        records::read(&folder.metrics()).map_err(|error| match error {
+            Error::Program(Program::Format { path, reason }) => {
+                let last = quoted(&folder.last());
+                Error::format(path, format!("{reason}; mend the line, or begin a new run with --init {last}"))
+            }
+            other => other,
+        })?;
         let resumed = Some((state.phase(settings), state.step));
         let rehearsal = settings.generator.rehearsal_steps();
         let events = EventWriter::create(folder.path(), rehearsal, resumed)?;

@@ -30,6 +30,7 @@ use std::time::Instant;
 use super::checkpoint::Checkpoint;
 use super::folder::RunFolder;
 use super::records::RecordWriter;
+use super::report::Findings;
 use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
@@ -125,7 +126,12 @@ pub fn resume(
         // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
+            let findings = if writes { Findings::read(folder.path()).ok() } else { None };
+            let summary = findings.and_then(|findings| {
+                Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds())
+            });
             return Ok(Outcome::FinishedBefore {
+                summary: summary.map(Box::new),
                 folder: folder.path().to_path_buf(),
                 command: ranks.to_resume(folder.path()),
                 step: state.step,
@@ -138,18 +144,27 @@ pub fn resume(
         }
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         state.check_data(&dataset)?;
-        if writes && (overrides.has("data_root") || overrides.has("steps")) {
-            folder.write_config(&settings)?;
-        }
-        let (settings, _) = settings.fitted(&dataset.train);
+        let config = settings;
+        let (settings, _) = config.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
+        // Only now, so that a run that cannot go on stays as it is.
+        if let Some(files) = files.as_ref().filter(|_| overrides.has("data_root") || overrides.has("steps")) {
+            files.folder.write_config(&config)?;
+        }
+        let best = files.as_ref().and_then(|files| state.warning_of_best(&files.folder.best()));
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
-        let warning = state.warning_of_ranks(&settings, ranks.size());
+        let ranks_changed = state.warning_of_ranks(&settings, ranks.size());
+        let warnings = [best, ranks_changed];
         let done = state.step;
         if resumed {
             run.go_on(state)?;
         }
-        run.train(&device, Some(done), begun, warning.iter().map(|line| Event::Warning(line)).collect())
+        run.train(
+            &device,
+            Some(done),
+            begun,
+            warnings.iter().flatten().map(|line| Event::Warning(line)).collect(),
+        )
     })
 }

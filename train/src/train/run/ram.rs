@@ -1,6 +1,7 @@
 //! Checks that this machine's memory suffices for a step or an evaluation: a failed allocation would abort the program.
 
 use super::evaluation::EVALUATION_CHUNK;
+use crate::model::NetworkShape;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 
@@ -35,6 +36,10 @@ fn bytes_of(side: usize, values: usize, loaded: usize, inside: usize) -> u128 {
     4 * (loaded as u128 * 3 * (side * side) as u128 + inside as u128 * values as u128)
 }
 
+fn gigabytes(bytes: u128) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
 /// The error for a step or evaluation that needs more bytes than there are.
 fn too_large(
     (name, value): (&'static str, usize),
@@ -42,13 +47,36 @@ fn too_large(
     needed: u128,
     most: u128,
 ) -> Error {
-    let gigabytes = |bytes: u128| format!("{:.1} GB", bytes as f64 / 1e9);
     let reason = format!(
         "{what} on {count} pictures of {side} x {side} takes at least {} of memory, and this machine has {}: give less",
         gigabytes(needed),
         gigabytes(most)
     );
     Error::misuse(name, value, reason)
+}
+
+/// An error if training the network on the CPU certainly needs more than `most` bytes for its weights, their gradients and the
+/// optimizer's two moments.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused) names the setting to lower, and both sizes.
+pub(super) fn check_weights(settings: &TrainSettings, most: u128) -> Result<()> {
+    let shape = settings.network_shape();
+    let needed = 4 * shape.least_bytes() as u128;
+    if needed <= most {
+        return Ok(());
+    }
+    let without_head = NetworkShape { embedding_dim: 1, ..shape };
+    let (name, value) = match 4 * without_head.least_bytes() as u128 > most {
+        true => ("width", settings.width),
+        false => ("embedding-dim", settings.embedding_dim),
+    };
+    let reason = format!(
+        "training a network of {shape} takes at least {} of memory for its weights, and this machine has {}: give less",
+        gigabytes(needed),
+        gigabytes(most)
+    );
+    Err(Error::misuse(name, value, reason))
 }
 
 /// An error if embedding a chunk of `pictures` on the CPU certainly needs more than this machine's memory.

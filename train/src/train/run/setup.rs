@@ -72,6 +72,8 @@ pub(super) fn make_engine(
 ) -> Result<(RunDevice, Engine)> {
     let device = find(settings.device.parse()?, ranks.local_rank())?;
     let backend = open(&device.spec)?;
+    let on_cpu = device.network == Device::flex().autodiff();
+    ram::of_this_machine().filter(|_| on_cpu).map_or(Ok(()), |most| ram::check_weights(settings, most))?;
     let network = match last {
         Some(last) => make_network(settings, Some(last), &device.network)?,
         None => first_network(settings, &device.network)?,

@@ -170,6 +170,13 @@ impl RunState {
         ))
     }
 
+    /// A warning if the checkpoint of the best evaluation so far, `path`, is lost.
+    pub fn warning_of_best(&self, path: &Path) -> Option<String> {
+        let steps = counted(self.best.as_ref()?.step, "step");
+        let error = Checkpoint::open(path).and_then(|file| file.shape()).err()?;
+        Some(format!("{error}; the best weights so far, after {steps}, are lost"))
+    }
+
     /// Checks that config.toml has the settings that the run began with, and at least as many steps as are done.
     ///
     /// # Errors

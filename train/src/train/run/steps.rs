@@ -466,10 +466,9 @@ impl<'a> Run<'a> {
                 self.state.steps_without_pairs, self.settings.steps
             )));
         }
-        let RunState { pixels, before, after, best, .. } = &self.state;
-        let (Some(pixels), Some(before), Some(after), Some(best)) = (pixels, before, after, best) else {
-            return Err(Error::Training("no evaluation took place".into()));
-        };
+        let none = || Error::Training("no evaluation took place".into());
+        let pixels = self.state.pixels.as_ref().ok_or_else(none)?;
+        let best = self.state.best.as_ref().ok_or_else(none)?;
         let [train, test] = self.dataset.extents();
         let (queries, sheet) = report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?;
         let mut baselines = vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }];
@@ -489,24 +488,8 @@ impl<'a> Run<'a> {
         };
         findings.save(folder, &sheet)?;
         report::write(folder)?;
-        Ok(Summary {
-            folder: folder.to_path_buf(),
-            seen: self.dataset.seen,
-            continued: self.settings.init.is_some(),
-            pretrained: self.settings.weights.is_some(),
-            pixels: pixels.clone(),
-            before: before.clone(),
-            best: best.recall.clone(),
-            best_step: best.step,
-            after: after.clone(),
-            steps: self.settings.steps,
-            seed: self.settings.seed,
-            steps_without_pairs: self.state.steps_without_pairs,
-            replaced: self.state.replaced,
-            skipped: self.state.skipped,
-            training_seconds: self.seconds,
-            total_seconds: self.total_seconds(),
-        })
+        let seconds = [self.seconds, self.total_seconds()];
+        Summary::of(&self.state, self.settings, folder, self.dataset.seen, seconds).ok_or_else(none)
     }
 }
 
