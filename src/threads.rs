@@ -26,7 +26,7 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// A pool of `count` threads; 0 stands for as many as there are cores.
+    /// A pool of `count` threads; 0 stands for as many as `RAYON_NUM_THREADS` says, else one per core.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] for more than [`MOST_THREADS`]; [`Error::Unavailable`] if a thread cannot be
@@ -173,10 +173,12 @@ pub fn available() -> usize {
     }
 }
 
+/// Most tasks of a thread that have not begun.
+const MOST_WAITING: usize = 256;
+
 /// Has `work` run on one of the threads of [`available`] when it is free. Never, if only the caller is left, or if the pool has been
 /// too busy to begin what this thread gave it before.
 pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) {
-    const MOST_WAITING: usize = 256;
     thread_local! { static WAITING: PerProcess<Arc<AtomicUsize>> = const { PerProcess::empty() } }
     // A thread that is ending has none any more.
     let waiting =
@@ -244,7 +246,7 @@ mod tests {
         let pool = Threads::new(1).unwrap();
         pool.install(|| (0..1000).for_each(|_| spawn(task)));
         drop(pool);
-        assert_eq!(RUN.load(Ordering::SeqCst), 1256);
+        assert_eq!(RUN.load(Ordering::SeqCst), 1000 + MOST_WAITING);
     }
 
     #[test]

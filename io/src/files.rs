@@ -23,7 +23,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_together(&[(path, bytes)])
 }
 
-/// As [`write_atomic`] for files that belong together: all are written before the first is renamed.
+/// As [`write_atomic`] for files that belong together: all are written before the first is renamed. If a later rename fails,
+/// the files before it are the new ones.
 ///
 /// # Errors
 /// As [`write_atomic`].
@@ -33,15 +34,15 @@ pub fn write_together(files: &[(&Path, &[u8])]) -> Result<()> {
         if is_special(path) {
             return OpenOptions::new().write(true).open(path)?.write_all(bytes);
         }
-        let (partial, mut file) = partial_beside(&target(path))?;
-        partials.push((partial, path.to_path_buf()));
+        let real = target(path);
+        let (partial, mut file) = partial_beside(&real)?;
+        partials.push((partial, real));
         file.write_all(bytes).and_then(|()| file.sync_all())
     };
     let written =
         files.iter().try_for_each(|(path, bytes)| write(path, bytes).map_err(Error::io("write", path)));
-    let rename = |(partial, path): &(PathBuf, PathBuf)| {
-        fs::rename(partial, target(path)).map_err(Error::io("write", path))
-    };
+    let rename =
+        |(partial, path): &(PathBuf, PathBuf)| fs::rename(partial, path).map_err(Error::io("write", path));
     written.and_then(|()| partials.iter().try_for_each(rename)).inspect_err(|_| {
         // Best effort: what is left of a failed write is of no use.
         partials.iter().for_each(|(partial, _)| _ = fs::remove_file(partial));

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import formula
 import numpy as np
@@ -397,9 +398,21 @@ def test_a_call_that_a_backward_pass_repeats_is_refused(use_reentrant):
     memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
     checkpoint = torch.utils.checkpoint.checkpoint
     loss = checkpoint(lambda rows: memory(rows, labels), embeddings.requires_grad_(), use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="was called in a backward pass, as activation checkpointing does"):
+    refused = "was called in a backward pass, as activation checkpointing does"
+    with pytest.raises(RuntimeError, match=refused):
         loss.backward()
     assert memory.filled == 20, "it would be queued twice, and differentiated against the second time"
+    later = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100, start_after=3)
+
+    def fill(rows):
+        memory.fill(rows, labels)
+        return rows.square().sum()
+
+    for work in (lambda rows: later(rows, labels), fill):
+        loss = checkpoint(work, embeddings, use_reentrant=use_reentrant)
+        with pytest.raises(RuntimeError, match=refused):
+            loss.backward()
+    assert memory.filled == 40 and later.calls == 1
 
 
 def test_tensors_put_in_the_place_of_the_index_keep_its_value():
@@ -412,4 +425,10 @@ def test_tensors_put_in_the_place_of_the_index_keep_its_value():
     again.set_extra_state(memory.get_extra_state())
     again.embedding_memory, again.label_memory = memory.embedding_memory.clone(), memory.label_memory.clone()
     again.queue_idx, again._count = torch.tensor(7), torch.tensor(9)
+    with torch.device("meta"):
+        empty = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of values that go nowhere
+        empty.load_state_dict(memory.state_dict())
+    assert empty.to_empty(device="cpu").filled == 0 and bool((empty.label_memory == -1).all())
     assert again.filled == 20 and again(embeddings, labels) == memory(embeddings, labels)

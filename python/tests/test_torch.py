@@ -334,7 +334,13 @@ def test_thresholds_that_are_tensors_are_buffers():
     assert list(loss.state_dict()) == ["lambda_pos"] and not list(loss.buffers())
     moved = SoftContrastiveLoss(lambda_pos=torch.tensor(0.4)).to("meta").to_empty(device="cpu")
     moved.load_state_dict({"lambda_pos": torch.tensor([0.7])})
-    assert moved.lambda_pos == torch.tensor(0.7)
+    on_meta = SoftContrastiveLoss(lambda_pos=torch.empty((), device="meta"))
+    on_meta.load_state_dict({"lambda_pos": torch.tensor([0.7])})
+    assert moved.lambda_pos == on_meta.lambda_pos == torch.tensor(0.7)
+    # As an earlier version pickled it.
+    older = SoftContrastiveLoss()
+    older.__dict__["lambda_pos"] = torch.tensor(0.4)
+    assert list(copy.deepcopy(older).state_dict()) == ["lambda_pos"]
 
 
 def test_warnings_ask_no_traced_labels():

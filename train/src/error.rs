@@ -41,7 +41,7 @@ pub enum Error {
     /// Ranks can no longer exchange messages. Unlike with `Rank`, each rank reports this itself.
     #[error("{0}")]
     Lost(String),
-    /// A value is no longer finite, so the run cannot recover.
+    /// A value is not finite, or an embedding all zeros, so the run cannot recover.
     #[error("{0}")]
     Diverged(String),
     /// Training cannot continue because of a device, a thread, or ranks with different settings.

@@ -167,6 +167,12 @@ fn the_folder_of_a_run_means_its_best_checkpoint() {
     assert_refused(&mut ddtas_train("eval --checkpoint data"), "holds no best.safetensors");
     let finished = json("--resume run --json");
     assert_eq!((&finished["steps"], &finished["best"]["queries"]), (&4.into(), &16.into()), "{finished}");
+    let alone = place().join("alone");
+    fs::create_dir(&alone).unwrap();
+    for file in ["config.toml", "last.safetensors", "metrics.jsonl"] {
+        fs::copy(place().join("run").join(file), alone.join(file)).unwrap();
+    }
+    assert_refused(&mut ddtas_train("--resume alone --json"), "report.json");
 }
 
 #[test]
@@ -429,6 +435,9 @@ fn damage_in_a_run_is_found_before_it_goes_on() {
     let more = "--resume damaged --steps 6";
     assert_refused(&mut ddtas_train(more), "metrics.jsonl: line 1: ");
     assert_refused(&mut ddtas_train(more), "begin a new run with --init damaged/last.safetensors");
+    // The checkpoint knows how many bytes it follows.
+    fs::write(run.join("metrics.jsonl"), [b" ", &metrics[..]].concat()).unwrap();
+    assert_refused(&mut ddtas_train(more), "metrics.jsonl: no line ends at byte");
     let config = |run: &str| fs::read_to_string(place().join(run).join("config.toml")).unwrap();
     assert_eq!(config("damaged"), config("run"), "the steps are not changed yet");
     fs::write(run.join("metrics.jsonl"), metrics).unwrap();

@@ -40,6 +40,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--preset large", "--preset"),
     ("--width 0", "width"),
     ("--depth 0", "depth"),
+    #[cfg(target_os = "linux")]
     ("--width 4096 --depth 64", "--width 4096: training a network of --width 4096 --depth 64"),
     ("--batch-norm thawed", "--batch-norm"),
     ("--batch-norm frozen", "--batch-norm frozen: needs --weights FILE or --init FILE"),

@@ -79,10 +79,11 @@ class ThresholdGenerator:
     but outside of it for a convolutional network, whose forward mode torch does not have there.
 
     Args:
-        loss: the loss whose thresholds are learned. Its thresholds become tensors, which `step` changes in place, so that a
-            compiled step is not compiled again. For a `CrossBatchMemory` give its `loss`: the queue takes no part here. With a
-            process group the virtual step is that of all processes' rows, and each process must call `step`. Thresholds that
-            are tensors already must be float32 or float64.
+        loss: the loss whose thresholds are learned. Its thresholds become tensors (buffers), which `step` changes in place, so
+            that a compiled step is not compiled again; copies of the model, such as an `AveragedModel`, are made after that.
+            For a `CrossBatchMemory` give its `loss`: the queue takes no part here. With a process group the virtual step is
+            that of all processes' rows, and each process must call `step`. Thresholds that are tensors already must be float32
+            or float64.
         network: maps inputs to embeddings `[B, D]`, which are normalised as by the loss. Has parameters that learn.
         lambda_rate: learning rate of the thresholds, above 0. Default 0.01. The optimizer is Adam.
         lambda_reference: threshold of the meta loss, -2 to 2. Default 0.7. The thresholds move towards it.

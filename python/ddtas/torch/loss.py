@@ -162,7 +162,7 @@ class SoftContrastiveLoss(nn.Module):
             self.__dict__.pop(name, None)
             self._buffers.pop(name, None)
             if isinstance(value, Tensor) and value.is_leaf:
-                self.register_buffer(name, value)
+                self.register_buffer(name, value, persistent=getattr(value, "persistent", True))
                 return
         if name == "normalize_embeddings" and not isinstance(value, bool):
             raise TypeError(f"normalize_embeddings must be True or False, not {value!r}")
@@ -221,6 +221,14 @@ class SoftContrastiveLoss(nn.Module):
         """For copies and pickles: all processes are looked up again, any other group cannot be pickled."""
         found = self._ranks is not None and (self._world or self._ranks.size == 1)
         return self.__dict__ | {"_ranks": None} if found else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        untyped: Any = super().__setstate__
+        untyped(state)
+        # In modules that were pickled by an earlier version they are no buffers.
+        for name in THRESHOLDS:
+            if isinstance(value := self.__dict__.get(name), Tensor):
+                setattr(self, name, value)
 
     @property
     def checks(self) -> bool:
@@ -336,12 +344,12 @@ class SoftContrastiveLoss(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftContrastiveLoss:
         """Moves thresholds that are buffers to another device, but keeps their type, and the tensors themselves: others change them."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        before = {name: self._buffers[name] for name in THRESHOLDS if self._buffers.get(name) is not None}
         untyped: Any = super()._apply
         untyped(fn, recurse)
         for name, own in before.items():
             moved = self._buffers[name]
-            if moved is None or moved is own:
+            if own is None or moved is None or moved is own:
                 continue
             if own.is_meta or moved.is_meta:
                 self._buffers[name] = moved.to(own.dtype)
@@ -362,9 +370,10 @@ class SoftContrastiveLoss(nn.Module):
                 setattr(self, name, values[name])
                 del state_dict[prefix + name]
                 continue
+            value = torch.as_tensor(value).detach().reshape(own.shape)
             if own.is_meta and name in self._buffers:
-                setattr(self, name, value.detach().clone().requires_grad_(own.requires_grad))
-            state_dict[prefix + name] = value.reshape(own.shape)
+                setattr(self, name, value.clone().requires_grad_(own.requires_grad))
+            state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def check(self) -> None:

@@ -38,6 +38,14 @@ def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
     return mask.to(rows.device)
 
 
+def _refuse_backward_pass() -> None:
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a memory queues a batch at each call, and was called in a backward pass, as activation checkpointing does to "
+            "compute again: call it outside of the checkpointed function"
+        )
+
+
 def _extra_state(saved: Any) -> dict[str, Any]:
     """The saved extra state by name. Old checkpoints hold a dict, newer ones a tensor."""
     if isinstance(saved, dict):
@@ -142,10 +150,11 @@ class CrossBatchMemory(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("queue_idx", "_count") and isinstance(value, Tensor):
-            # `from_pretrained` of transformers puts new tensors of any value in the place of what is not persistent.
-            present = self._buffers[name]
+            # `from_pretrained` of transformers puts new tensors of any value in the place of what is not persistent; others
+            # call `reset_queue`.
+            present = self._buffers.get(name)
             if present is not None and not present.is_meta and not value.is_meta:
-                value = value.copy_(present)
+                value = present.to(value.device, copy=True)
         super().__setattr__(name, value)
         if name in ("calls", "start_after"):
             self.__dict__["started"] = self.calls >= self.start_after
@@ -176,15 +185,12 @@ class CrossBatchMemory(nn.Module):
         Raises what the loss does, and ValueError for more rows than the queue holds or for rows of another dimension. The queue
         is then unchanged.
         """
+        ranks = self.loss.ranks
+        with RaiseOnAllRanks(ranks):
+            _refuse_backward_pass()
         if not self.started:
             before_start: Tensor = self._before_start(embeddings, labels, indices_tuple, enqueue_mask)
             return before_start
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "a memory queues a batch at each call, and was called in a backward pass, as activation checkpointing does to "
-                "compute again: call it outside of the checkpointed function"
-            )
-        ranks = self.loss.ranks
         with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
@@ -238,6 +244,7 @@ class CrossBatchMemory(nn.Module):
         ranks = self.loss.ranks
         with torch.no_grad():
             with RaiseOnAllRanks(ranks):
+                _refuse_backward_pass()
                 _, rows, labels = self._prepared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
@@ -299,10 +306,10 @@ class CrossBatchMemory(nn.Module):
         self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CrossBatchMemory:
-        was_meta = self.queue_idx.is_meta
+        was_meta = self.queue_idx.is_meta or self.label_memory.is_meta
         untyped: Any = super()._apply
         untyped(fn, recurse)
-        if was_meta and not self.queue_idx.is_meta:
+        if was_meta and not self.queue_idx.is_meta and not self.label_memory.is_meta:
             # `to_empty` gives the buffers any values.
             self.reset_queue()
         return self

@@ -77,8 +77,10 @@ def evaluate(
         found = gpu.query_metrics(place, *given)
     else:
         found = context.query_metrics(*given)
-    # K-means takes float32 alone, and rows of a narrower type are of unit length only to its precision.
-    information = context.nmi(laid_out(_unit("queries", queries.float())), labels, seed) if nmi else None
+    if nmi and queries.dtype != torch.float32:
+        # K-means takes float32 alone, and these are of unit length only to the precision of their type.
+        queries = laid_out(_unit("queries", queries.float()))
+    information = context.nmi(queries, labels, seed) if nmi else None
     return evaluation.evaluation_of(found, depths, information)
 
 

@@ -84,8 +84,11 @@ impl CudaDevice {
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
         let traced = std::env::var_os("DDTAS_TRACE_KERNELS").is_some();
-        let properties =
-            DeviceProperties { multiprocessors, warpgroup_products: major == 9, list_bytes: LIST_BYTES };
+        let properties = DeviceProperties {
+            multiprocessors,
+            warpgroup_products: major == 9,
+            list_bytes: DeviceProperties::LIST_BYTES,
+        };
         Ok(Self { stream, issued, captured, module, context, properties, major, traced })
     }
 
@@ -95,9 +98,6 @@ impl CudaDevice {
     }
 }
 
-/// Memory for a search's lists: a multiple of what all multiprocessors of one GPU work on (132 tiles of 128
-/// queries, k = 10: 138 MB; k = 1,000: 554 MB).
-const LIST_BYTES: usize = 1 << 30;
 /// `CU_STREAM_PER_THREAD`: a different stream in each thread.
 const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 

@@ -146,8 +146,11 @@ mod tests {
     use super::super::{Precision, params};
     use super::*;
 
-    const H200: DeviceProperties =
-        DeviceProperties { multiprocessors: 132, warpgroup_products: true, list_bytes: 1 << 30 };
+    const H200: DeviceProperties = DeviceProperties {
+        multiprocessors: 132,
+        warpgroup_products: true,
+        list_bytes: DeviceProperties::LIST_BYTES,
+    };
     const PRECISIONS: [Precision; 4] =
         [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16];
 

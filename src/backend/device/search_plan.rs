@@ -69,7 +69,7 @@ mod tests {
     use super::super::params::RETRIEVAL_MERGE_EXTRA_BYTES;
     use super::*;
 
-    const LIST_BYTES: usize = 1 << 30;
+    const LIST_BYTES: usize = DeviceProperties::LIST_BYTES;
 
     fn plan(queries: usize, references: usize, k: usize) -> SearchPlan {
         plan_of(queries, references, k, true)

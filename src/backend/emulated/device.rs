@@ -48,8 +48,11 @@ impl EmulatedDevice {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         // Two, so that small batches are split among blocks as on a GPU.
-        let properties =
-            DeviceProperties { multiprocessors: 2, warpgroup_products: false, list_bytes: 1 << 30 };
+        let properties = DeviceProperties {
+            multiprocessors: 2,
+            warpgroup_products: false,
+            list_bytes: DeviceProperties::LIST_BYTES,
+        };
         Self { seed, launched: Vec::new(), fills: 0, properties }
     }
 

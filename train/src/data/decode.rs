@@ -33,11 +33,20 @@ pub(super) fn decode(path: &Path) -> Result<RgbImage, Failure> {
     if check_regular(path).is_err() {
         return Err(Failure::Undecodable("it is a pipe or a device".into()));
     }
-    let bytes = std::fs::read(path).map_err(|error| match error.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Failure::System(Error::io("read", path)(error)),
-        _ => Failure::Undecodable(error.to_string()),
+    let bytes = std::fs::read(path).map_err(|error| match is_of_system(&error) {
+        true => Failure::System(Error::io("read", path)(error)),
+        false => Failure::Undecodable(error.to_string()),
     })?;
     decoded(&bytes).map_err(Failure::Undecodable)
+}
+
+/// Whether the system lacks memory or file handles.
+fn is_of_system(error: &std::io::Error) -> bool {
+    #[cfg(unix)]
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) {
+        return true;
+    }
+    error.kind() == std::io::ErrorKind::OutOfMemory
 }
 
 /// Why there is no picture.

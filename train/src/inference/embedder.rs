@@ -13,7 +13,7 @@ use crate::model::{
     checksum, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
-use crate::train::{EVALUATION_CHUNK, Embedded, check_directions, check_embedding, embed_batches};
+use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches, without_direction};
 use crate::{Error, Result};
 
 /// Command-line arguments that select the network and its input.
@@ -174,7 +174,7 @@ impl Embedder {
     ///
     /// # Errors
     /// [`Error::Dataset`] if a class has no readable picture; [`Format`](ddtas_io::Error::Format) if an embedding is not
-    /// finite; [`Error::Diverged`] if one is zero;
+    /// finite or all zeros;
     /// [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
@@ -186,12 +186,17 @@ impl Embedder {
         let embedded = embedded.map_err(|error| match error {
             // Nothing was trained.
             Error::Diverged(_) => {
-                let reason = "holds weights with which the network maps a picture to NaN: give others";
+                let reason = "holds weights with which a picture's embedding is not finite: give others";
                 Error::format(&self.file, reason)
             }
             other => other,
         })?;
-        check_directions(&embedded, split)?;
+        if let Some(name) = without_direction(&embedded, split) {
+            let reason = format!(
+                "holds weights with which the network maps {name} to zeros, which have no direction: give others"
+            );
+            return Err(Error::format(&self.file, reason));
+        }
         check_classes(split, &embedded.labels)?;
         Ok(embedded)
     }

@@ -7,6 +7,8 @@
 //! .npy: only the matrix; everything else is in a .json of the same name, or the labels in `NAME.labels.npy`.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -78,11 +80,22 @@ pub(super) fn check_beside(path: &Path) -> Result<()> {
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused).
 pub(super) fn check_replaced(path: &Path) -> Result<()> {
-    let ours = |bytes: Vec<u8>| {
-        bytes.is_empty() || TensorFile::parse(path, &bytes).is_ok_and(|file| file.has("embeddings"))
-    };
-    let good = !path.is_file() || std::fs::read(path).is_ok_and(ours);
+    if !path.is_file() {
+        return Ok(());
+    }
+    let header = header(path).map_err(Error::io("read", path))?;
+    let good = header.is_empty() || TensorFile::parse(path, &header).is_ok_and(|file| file.has("embeddings"));
     fits(good, "out", path.display(), "would be overwritten, and holds no embeddings: give another")
+}
+
+/// The header of a .safetensors file: its length in eight bytes, and that many more.
+fn header(path: &Path) -> std::io::Result<Vec<u8>> {
+    const LONGEST: u64 = 100 << 20;
+    let (mut file, mut bytes) = (File::open(path)?, Vec::new());
+    (&mut file).take(8).read_to_end(&mut bytes)?;
+    let length = bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
+    file.take(length.min(LONGEST)).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Format of a file, by its extension.

@@ -152,25 +152,23 @@ fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> R
             format!("holds {got} dimensions, but {checkpoint} embeds into {want}"),
         ));
     }
-    let known = gallery.metadata.contains_key(CHECKPOINT);
-    if known && gallery.metadata.contains_key(FLIPS) != embedder.flips() {
+    // Files of earlier versions and of other programs do not have all of this.
+    let Some(made_by) = gallery.metadata.get(CHECKPOINT) else { return Ok(()) };
+    if made_by != embedder.fingerprint() {
+        let reason = format!("was made by another network than {checkpoint}'s: embed the pictures again");
+        return Err(Error::format(path, reason));
+    }
+    if gallery.metadata.contains_key(FLIPS) != embedder.flips() {
         let how =
             if embedder.flips() { "without --flips: leave it out" } else { "with --flips: give it here too" };
         return Err(Error::format(path, format!("was embedded {how}, or embed the pictures again")));
     }
-    // Files of earlier versions do not have the size.
-    let (given, embedded) = (embedder.image_size().to_string(), gallery.metadata.get(IMAGE_SIZE));
-    if let Some(size) = embedded.filter(|size| known && **size != given) {
+    let given = embedder.image_size().to_string();
+    if let Some(size) = gallery.metadata.get(IMAGE_SIZE).filter(|size| **size != given) {
         let reason = format!(
             "was embedded with --image-size {size}, not {given}: give it here too, or embed the pictures again"
         );
         return Err(Error::format(path, reason));
     }
-    match gallery.metadata.get(CHECKPOINT) {
-        Some(made_by) if made_by != embedder.fingerprint() => {
-            let reason = format!("was made by another network than {checkpoint}'s: embed the pictures again");
-            Err(Error::format(path, reason))
-        }
-        _ => Ok(()),
-    }
+    Ok(())
 }

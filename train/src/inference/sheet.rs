@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::pictures::Pictures;
 use super::search::{Found, Query};
-use crate::Result;
 use crate::data::file_name;
 use crate::pages::{Thumbnails, base64, document, escape, grouped, push};
+use crate::{Error, Result};
 use ddtas_io::files::write_atomic;
 
 /// Sides of the thumbnails of queries and answers, in pixels.
@@ -54,10 +54,12 @@ fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumb
     );
     push(body, "<div class=\"answers\">");
     for (rank, answer) in query.answers.iter().enumerate() {
-        let picture = answer
-            .path
-            .as_ref()
-            .and_then(|path| Pictures::of(std::slice::from_ref(path)).split.picture(0).ok());
+        let read = |path| match Pictures::of(std::slice::from_ref(path)).split.picture(0) {
+            Ok(picture) => Ok(Some(picture)),
+            Err(Error::Image { .. }) => Ok(None),
+            Err(error) => Err(error),
+        };
+        let picture = answer.path.as_ref().map_or(Ok(None), read)?;
         let shown = match &picture {
             Some(picture) => image(&base64(&thumbnails.1.of(picture)?)?, ""),
             None => "<div class=\"missing\">no picture</div>".to_owned(),

@@ -450,25 +450,17 @@ pub fn embed_batches(
     Ok(embedded)
 }
 
-/// Checks that every embedding of the pictures of `split` has a direction.
-///
-/// # Errors
-/// [`Error::Diverged`] names the first picture that has none.
-pub fn check_directions(embedded: &Embedded, split: &Split) -> Result<()> {
+/// The first picture of `split` whose embedding is all zeros, so that it has no direction: its file or its place.
+#[must_use]
+pub fn without_direction(embedded: &Embedded, split: &Split) -> Option<String> {
     let dim = embedded.values.len() / embedded.labels.len().max(1);
     let mut rows = embedded.values.chunks_exact(dim.max(1)).zip(&embedded.indices);
-    let Some((_, &index)) = rows.find(|(row, _)| row.iter().all(|&value| value == 0.0)) else {
-        return Ok(());
-    };
+    let (_, &index) = rows.find(|(row, _)| row.iter().all(|&value| value == 0.0))?;
     let file = split.sources()[index].path();
-    let (number, class) = (index + 1, split.class_name(index));
-    let name = match file.as_os_str().is_empty() {
-        true => format!("test picture {number} (class {class})"),
+    Some(match file.as_os_str().is_empty() {
+        true => format!("picture {} (class {})", index + 1, split.class_name(index)),
         false => file.display().to_string(),
-    };
-    Err(Error::Diverged(format!(
-        "the network maps {name} to zeros, which have no direction: give a wider --width, another --pooling or other weights"
-    )))
+    })
 }
 
 /// The embeddings of a split.

@@ -42,7 +42,7 @@ mod settings;
 mod shown;
 mod tensorboard;
 
-pub use engine::{Embedded, Engine, check_directions, embed_batches};
+pub use engine::{Embedded, Engine, embed_batches, without_direction};
 pub(crate) use folder::RunFolder;
 pub use generator::Generator;
 pub use memory::Memory;

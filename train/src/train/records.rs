@@ -127,14 +127,34 @@ impl RecordWriter {
         Self::locked(file, path, bytes)
     }
 
+    /// Checks the first `bytes` bytes, which [`cut`](Self::cut) keeps: they must be whole records.
+    ///
+    /// # Errors
+    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format).
+    pub fn check(&self, bytes: u64) -> Result<()> {
+        let text = std::fs::read(&self.path).map_err(Error::io("read", &self.path))?;
+        let kept = usize::try_from(bytes).ok().and_then(|bytes| text.get(..bytes));
+        let Some(kept) = kept else { return Err(self.too_short(bytes)) };
+        records_in(&self.path, kept)?;
+        if kept.last().is_some_and(|&byte| byte != b'\n') {
+            let reason = format!("no line ends at byte {bytes}, where the checkpoint was written");
+            return Err(Error::format(&self.path, reason));
+        }
+        Ok(())
+    }
+
+    fn too_short(&self, bytes: u64) -> Error {
+        let reason = format!("holds {} bytes, but the checkpoint was written after {bytes}", self.bytes);
+        Error::format(&self.path, reason)
+    }
+
     /// Truncates the file to `bytes` bytes.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if the file is shorter.
     pub fn cut(&mut self, bytes: u64) -> Result<()> {
         if self.bytes < bytes {
-            let reason = format!("holds {} bytes, but the checkpoint was written after {bytes}", self.bytes);
-            return Err(Error::format(&self.path, reason));
+            return Err(self.too_short(bytes));
         }
         self.file.set_len(bytes).map_err(Error::io("cut", &self.path))?;
         self.bytes = bytes;
@@ -194,13 +214,17 @@ impl RecordWriter {
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io), or [`Format`](ddtas_io::Error::Format) if a whole line is not a record.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
-    let text = std::fs::read(path).map_err(Error::io("read", path))?;
-    let lines = text.split_inclusive(|&byte| byte == b'\n').enumerate();
-    let whole = lines.filter(|(_, line)| line.ends_with(b"\n"));
-    whole
-        .map(|(number, line)| {
-            let bad = |error| Error::format(path, format!("line {}: {error}", number + 1));
-            serde_json::from_slice(line).map_err(bad)
-        })
-        .collect()
+    records_in(path, &std::fs::read(path).map_err(Error::io("read", path))?)
+}
+
+fn records_in(path: &Path, text: &[u8]) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    for (number, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
+        match serde_json::from_slice(line) {
+            Ok(record) => records.push(record),
+            Err(_) if !line.ends_with(b"\n") => {}
+            Err(error) => return Err(Error::format(path, format!("line {}: {error}", number + 1))),
+        }
+    }
+    Ok(records)
 }

@@ -70,37 +70,35 @@ fn on_ranks(
             }
             // Rank 0 prints errors of all ranks, except `Lost`, which other ranks cannot report to it.
             Err(error) if ranks.rank() > 0 && !matches!(error, Error::Lost(_)) => Ok(ExitCode::FAILURE),
-            outcome => Ok(print_outcome(&outcome?, &signals, output)),
+            outcome => print_outcome(outcome?, &signals, output),
         }
     })
 }
 
-fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCode {
+fn print_outcome(outcome: Outcome, signals: &Signals, output: Output) -> Result<ExitCode> {
     match outcome {
-        Outcome::Finished(summary) => {
-            print_summary(summary, output.json);
-            ExitCode::SUCCESS
-        }
+        Outcome::Finished(summary) => print_summary(&summary, output.json),
         Outcome::Stopped { command, phase, step } => {
-            let of = of(*phase);
-            let steps = counted(*step, "step");
+            let of = of(phase);
+            let steps = counted(step, "step");
             say(format_args!("stopped after {steps}{of}; to go on: {command}"));
-            signals.exit_code()
+            return Ok(signals.exit_code());
         }
         Outcome::FinishedBefore { folder, command, step, summary } => {
-            if let Some(summary) = summary.as_ref().filter(|_| output.json) {
-                print_summary(summary, true);
+            if output.json {
+                let summary = summary.map_err(Error::Training)?;
+                print_summary(&summary, true);
             }
-            let (steps, last) = (counted(*step, "step"), quoted(&folder.join("last.safetensors")));
+            let (steps, last) = (counted(step, "step"), quoted(&folder.join("last.safetensors")));
             let folder = folder.display();
             say(format_args!(
                 "the run in {folder} has finished after {steps}; see {folder}/report.html; to train on: {command} --steps N, \
                  or --init {last} in a new run"
             ));
-            ExitCode::SUCCESS
         }
-        _ => ExitCode::SUCCESS,
+        _ => {}
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print_summary(summary: &Summary, json: bool) {

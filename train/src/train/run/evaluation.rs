@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::Axis;
 
-use crate::Result;
 use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, check_classes};
 use crate::ranks::{self, Collective, share};
-use crate::train::engine::{Embedded, Engine, check_directions};
+use crate::train::engine::{Embedded, Engine, without_direction};
+use crate::{Error, Result};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
@@ -132,7 +132,11 @@ impl Test<'_> {
             return Ok(None);
         }
         let embedded = embedded.of_all(&*self.ranks)?;
-        check_directions(&embedded, split)?;
+        if let Some(name) = without_direction(&embedded, split) {
+            return Err(Error::Diverged(format!(
+                "the network maps {name} to zeros, which have no direction: give a wider --width, another --pooling or other weights"
+            )));
+        }
         check_classes(split, &embedded.labels)?;
         Ok(Some(embedded))
     }

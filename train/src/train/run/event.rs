@@ -96,8 +96,8 @@ pub enum Outcome {
         command: String,
         /// Steps done.
         step: usize,
-        /// Its outcome, on rank 0.
-        summary: Option<Box<Summary>>,
+        /// Its outcome, or why it cannot be read any more.
+        summary: Result<Box<Summary>, String>,
     },
 }
 

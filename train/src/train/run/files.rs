@@ -33,15 +33,16 @@ impl Files {
         settings: &TrainSettings,
         state: &RunState,
     ) -> Result<Self> {
-        metrics.cut(state.metrics_bytes)?;
-        // The report at the end reads it.
-        records::read(&folder.metrics()).map_err(|error| match error {
+        // The report at the end reads them.
+        metrics.check(state.metrics_bytes).map_err(|error| match error {
             Error::Program(Program::Format { path, reason }) => {
                 let last = quoted(&folder.last());
-                Error::format(path, format!("{reason}; mend the line, or begin a new run with --init {last}"))
+                let advice = "put back a copy of the file, or begin a new run with --init";
+                Error::format(path, format!("{reason}; {advice} {last}"))
             }
             other => other,
         })?;
+        metrics.cut(state.metrics_bytes)?;
         let resumed = Some((state.phase(settings), state.step));
         let rehearsal = settings.generator.rehearsal_steps();
         let events = EventWriter::create(folder.path(), rehearsal, resumed)?;

@@ -126,12 +126,17 @@ pub fn resume(
         // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
-            let findings = if writes { Findings::read(folder.path()).ok() } else { None };
-            let summary = findings.and_then(|findings| {
-                Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds())
-            });
+            if !writes {
+                return Ok(Outcome::OnRank0);
+            }
+            let summary =
+                Findings::read(folder.path()).map_err(|error| error.to_string()).and_then(|findings| {
+                    let summary =
+                        Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds());
+                    summary.map(Box::new).ok_or_else(|| "the checkpoint has no evaluations".to_owned())
+                });
             return Ok(Outcome::FinishedBefore {
-                summary: summary.map(Box::new),
+                summary,
                 folder: folder.path().to_path_buf(),
                 command: ranks.to_resume(folder.path()),
                 step: state.step,
@@ -144,13 +149,13 @@ pub fn resume(
         }
         let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
         state.check_data(&dataset)?;
-        let config = settings;
-        let (settings, _) = config.fitted(&dataset.train);
+        let as_given = settings;
+        let (settings, _) = as_given.fitted(&dataset.train);
         let setup = Setup::new(&settings, &dataset, engine, (&device, &**ranks))?;
         let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
         // Only now, so that a run that cannot go on stays as it is.
         if let Some(files) = files.as_ref().filter(|_| overrides.has("data_root") || overrides.has("steps")) {
-            files.folder.write_config(&config)?;
+            files.folder.write_config(&as_given)?;
         }
         let best = files.as_ref().and_then(|files| state.warning_of_best(&files.folder.best()));
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);

@@ -55,19 +55,21 @@ fn too_large(
     Error::misuse(name, value, reason)
 }
 
-/// An error if training the network on the CPU certainly needs more than `most` bytes for its weights, their gradients and the
-/// optimizer's two moments.
+/// An error if training the network on the CPU needs more than `most` bytes for its weights, their gradients and the optimizer's
+/// two moments.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) names the setting to lower, and both sizes.
 pub(super) fn check_weights(settings: &TrainSettings, most: u128) -> Result<()> {
     let shape = settings.network_shape();
-    let needed = 4 * shape.least_bytes() as u128;
+    // A backbone that never trains has neither gradients nor moments.
+    let copies = if settings.optimizer.head_steps < settings.steps { 4 } else { 1 };
+    let needed = copies * shape.least_bytes() as u128;
     if needed <= most {
         return Ok(());
     }
     let without_head = NetworkShape { embedding_dim: 1, ..shape };
-    let (name, value) = match 4 * without_head.least_bytes() as u128 > most {
+    let (name, value) = match copies * without_head.least_bytes() as u128 > most {
         true => ("width", settings.width),
         false => ("embedding-dim", settings.embedding_dim),
     };
@@ -125,6 +127,23 @@ pub(super) fn check(settings: &TrainSettings, values: usize, pictures: &Pictures
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn weights_that_cannot_fit_are_named_by_the_setting_to_lower() {
+        let of = |settings: &TrainSettings| {
+            check_weights(settings, 1_000_000_000).map_err(|error| error.to_string())
+        };
+        let usual = TrainSettings::default();
+        of(&usual).unwrap();
+        let wide = of(&TrainSettings { width: 2048, ..usual.clone() }).unwrap_err();
+        assert!(wide.starts_with("--width 2048: training a network of"), "{wide}");
+        let long = TrainSettings { embedding_dim: 600_000, ..usual };
+        let said = of(&long).unwrap_err();
+        assert!(said.starts_with("--embedding-dim 600000: training a network of"), "{said}");
+        let mut alone = long.clone();
+        alone.optimizer.head_steps = long.steps;
+        of(&alone).unwrap();
+    }
 
     #[test]
     fn what_cannot_fit_is_named_with_both_sizes_and_what_fits_is_not_refused() {

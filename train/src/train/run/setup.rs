@@ -48,8 +48,7 @@ impl Setup {
         if let Some(sampler) = &meta_sampler {
             engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
         }
-        let on_cpu = device.network == Device::flex().autodiff();
-        if let Some(most) = ram::of_this_machine().filter(|_| on_cpu) {
+        if let Some(most) = memory_of(device) {
             let own = |pictures| share(pictures, ranks.rank(), ranks.size()).len();
             let pictures = Pictures {
                 batch: own(sampler.batch_size()),
@@ -63,6 +62,11 @@ impl Setup {
     }
 }
 
+/// Bytes of memory of this machine, if the network is there.
+fn memory_of(device: &RunDevice) -> Option<u128> {
+    ram::of_this_machine().filter(|_| device.network == Device::flex().autodiff())
+}
+
 /// The device, and an engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of
 /// `--weights` or of `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
 pub(super) fn make_engine(
@@ -72,8 +76,7 @@ pub(super) fn make_engine(
 ) -> Result<(RunDevice, Engine)> {
     let device = find(settings.device.parse()?, ranks.local_rank())?;
     let backend = open(&device.spec)?;
-    let on_cpu = device.network == Device::flex().autodiff();
-    ram::of_this_machine().filter(|_| on_cpu).map_or(Ok(()), |most| ram::check_weights(settings, most))?;
+    memory_of(&device).map_or(Ok(()), |most| ram::check_weights(settings, most))?;
     let network = match last {
         Some(last) => make_network(settings, Some(last), &device.network)?,
         None => first_network(settings, &device.network)?,
