@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 import warnings
+from unittest import mock
 from pathlib import Path
 
 import formula
@@ -332,6 +333,9 @@ def test_thresholds_that_are_tensors_are_buffers():
     assert list(loss.state_dict()) == ["lambda_neg"] and loss.settings.lambda_pos == 0.5
     loss.lambda_pos, loss.lambda_neg = torch.nn.Parameter(torch.tensor(0.3)), torch.ones(()).requires_grad_() * 0.2
     assert list(loss.state_dict()) == ["lambda_pos"] and not list(loss.buffers())
+    kept = SoftContrastiveLoss(lambda_pos=shared)
+    with mock.patch.object(torch.Tensor, "to", side_effect=TypeError("as on MPS, which has no float64")):
+        assert kept.to(torch.float32).lambda_pos is shared
     moved = SoftContrastiveLoss(lambda_pos=torch.tensor(0.4)).to("meta").to_empty(device="cpu")
     moved.load_state_dict({"lambda_pos": torch.tensor([0.7])})
     on_meta = SoftContrastiveLoss(lambda_pos=torch.empty((), device="meta"))

@@ -292,7 +292,7 @@ class ThresholdGenerator:
             if isinstance(present, Tensor):
                 present.fill_(value)
             else:
-                near = next((weight.device for weight in self.network.parameters()), None)
+                near = next((weight.device for weight in self.network.parameters() if weight.is_cuda), None)
                 setattr(self.loss, name, torch.tensor(value, dtype=torch.float64, device=near))
 
     def state_dict(self) -> dict[str, Any]:

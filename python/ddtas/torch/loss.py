@@ -344,18 +344,22 @@ class SoftContrastiveLoss(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftContrastiveLoss:
         """Moves thresholds that are buffers to another device, but keeps their type, and the tensors themselves: others change them."""
-        before = {name: self._buffers[name] for name in THRESHOLDS if self._buffers.get(name) is not None}
+        present = {name: buffer for name in THRESHOLDS if (buffer := self._buffers.get(name)) is not None}
+        self._buffers.update(dict.fromkeys(present))
         untyped: Any = super()._apply
-        untyped(fn, recurse)
-        for name, own in before.items():
-            moved = self._buffers[name]
-            if own is None or moved is None or moved is own:
+        try:
+            untyped(fn, recurse)
+        finally:
+            self._buffers.update(present)
+        for name, own in present.items():
+            try:
+                moved = fn(own)
+            except TypeError:  # MPS has no float64. The loss is computed on the CPU there.
                 continue
             if own.is_meta or moved.is_meta:
                 self._buffers[name] = moved.to(own.dtype)
-            else:
+            elif moved is not own:
                 own.data = own.detach().to(moved.device)
-                self._buffers[name] = own
         return self
 
     @torch.no_grad()
