@@ -6,8 +6,8 @@ import pickle
 import struct
 import sys
 import warnings
-from unittest import mock
 from pathlib import Path
+from unittest import mock
 
 import formula
 import numpy as np
