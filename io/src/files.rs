@@ -36,16 +36,17 @@ pub fn write_together(files: &[(&Path, &[u8])]) -> Result<()> {
         }
         let real = target(path);
         let (partial, mut file) = partial_beside(&real)?;
-        partials.push((partial, real));
+        partials.push((partial, real, path.to_path_buf()));
         file.write_all(bytes).and_then(|()| file.sync_all())
     };
     let written =
         files.iter().try_for_each(|(path, bytes)| write(path, bytes).map_err(Error::io("write", path)));
-    let rename =
-        |(partial, path): &(PathBuf, PathBuf)| fs::rename(partial, path).map_err(Error::io("write", path));
+    let rename = |(partial, real, path): &(PathBuf, PathBuf, PathBuf)| {
+        fs::rename(partial, real).map_err(Error::io("write", path))
+    };
     written.and_then(|()| partials.iter().try_for_each(rename)).inspect_err(|_| {
         // Best effort: what is left of a failed write is of no use.
-        partials.iter().for_each(|(partial, _)| _ = fs::remove_file(partial));
+        partials.iter().for_each(|(partial, ..)| _ = fs::remove_file(partial));
     })
 }
 

@@ -1,6 +1,8 @@
 //! Matrices, numbers and texts in .safetensors files, for the programs and for other tools.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use crate::{Error, Result};
@@ -31,6 +33,23 @@ pub struct TensorFile<'a> {
     data: &'a [u8],
     /// The header's metadata.
     pub metadata: BTreeMap<String, String>,
+}
+
+/// Whether the .safetensors file `path` has the tensor `name`; reads its header alone.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read.
+pub fn file_has(path: &Path, name: &str) -> Result<bool> {
+    const LONGEST: u64 = 100_000_000;
+    let read = || {
+        let (mut file, mut length, mut header) = (File::open(path)?, Vec::new(), Vec::new());
+        (&mut file).take(ALIGNMENT as u64).read_to_end(&mut length)?;
+        let length = length.try_into().map_or(0, u64::from_le_bytes);
+        file.take(length.min(LONGEST)).read_to_end(&mut header)?;
+        Ok(header)
+    };
+    let header = read().map_err(Error::io("read", path))?;
+    Ok(serde_json::from_slice::<Metadata>(&header).is_ok_and(|header| header.info(name).is_some()))
 }
 
 /// A type of floats that matrices are read as.

@@ -333,14 +333,24 @@ def test_thresholds_that_are_tensors_are_buffers():
     assert list(loss.state_dict()) == ["lambda_neg"] and loss.settings.lambda_pos == 0.5
     loss.lambda_pos, loss.lambda_neg = torch.nn.Parameter(torch.tensor(0.3)), torch.ones(()).requires_grad_() * 0.2
     assert list(loss.state_dict()) == ["lambda_pos"] and not list(loss.buffers())
-    kept = SoftContrastiveLoss(lambda_pos=shared)
-    with mock.patch.object(torch.Tensor, "to", side_effect=TypeError("as on MPS, which has no float64")):
-        assert kept.to(torch.float32).lambda_pos is shared
+    kept, to = SoftContrastiveLoss(lambda_pos=shared), torch.Tensor.to
+
+    def without_float64(tensor, *given):
+        if tensor.dtype == torch.float64 and torch.float32 not in given:
+            raise TypeError("as on MPS")
+        return to(tensor, *given)
+
+    with mock.patch.object(torch.Tensor, "to", without_float64):
+        assert kept.to("cpu").lambda_pos is kept.to(torch.float32).lambda_pos is shared
     moved = SoftContrastiveLoss(lambda_pos=torch.tensor(0.4)).to("meta").to_empty(device="cpu")
     moved.load_state_dict({"lambda_pos": torch.tensor([0.7])})
-    on_meta = SoftContrastiveLoss(lambda_pos=torch.empty((), device="meta"))
-    on_meta.load_state_dict({"lambda_pos": torch.tensor([0.7])})
-    assert moved.lambda_pos == on_meta.lambda_pos == torch.tensor(0.7)
+    on_meta = SoftContrastiveLoss(lambda_pos=torch.empty((), device="meta", requires_grad=True))
+    on_meta.load_state_dict({"lambda_pos": torch.tensor([0.75], dtype=torch.float16)})
+    assert moved.lambda_pos == torch.tensor(0.7) and on_meta.lambda_pos == 0.75
+    assert on_meta.lambda_pos.dtype == torch.float32 and on_meta.to("meta").to_empty(device="cpu").lambda_pos.requires_grad
+    other = copy.copy(moved)
+    other.lambda_pos = 0.5
+    assert moved.lambda_pos == torch.tensor(0.7)
     # As an earlier version pickled it.
     older = SoftContrastiveLoss()
     older.__dict__["lambda_pos"] = torch.tensor(0.4)

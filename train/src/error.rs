@@ -44,7 +44,8 @@ pub enum Error {
     /// A value is not finite, or an embedding all zeros, so the run cannot recover.
     #[error("{0}")]
     Diverged(String),
-    /// Training cannot continue because of a device, a thread, or ranks with different settings.
+    /// Training cannot continue because of a device, a thread, or ranks with different settings; or the result of a finished run is
+    /// lost.
     #[error("{0}")]
     Training(String),
     /// The program was told to stop before there was a run to resume.

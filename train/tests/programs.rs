@@ -181,6 +181,7 @@ fn npy_files_are_evaluated_and_searched_with_labels_beside_them() {
     printed("embed --checkpoint run --images data --out e.npy");
     printed("embed --checkpoint run --images data --out e.safetensors");
     assert_eq!(figures("e.npy"), figures("e.safetensors"));
+    printed("embed --checkpoint run --images data --out e.safetensors");
     let search = |gallery: &str| {
         printed(&format!("search --checkpoint run --gallery {gallery} --query data/class00/0.png"))
     };

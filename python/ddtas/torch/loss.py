@@ -159,10 +159,11 @@ class SoftContrastiveLoss(nn.Module):
             dataclasses.replace(self._settings, **threshold)  # raises if it is out of range
         if name in THRESHOLDS and name not in self._parameters and not isinstance(value, nn.Parameter):
             # A tensor is a buffer, unless it is computed from others; a number is neither.
+            persistent = name not in self._non_persistent_buffers_set
             self.__dict__.pop(name, None)
             self._buffers.pop(name, None)
             if isinstance(value, Tensor) and value.is_leaf:
-                self.register_buffer(name, value, persistent=getattr(value, "persistent", True))
+                self.register_buffer(name, value, persistent=getattr(value, "persistent", persistent))
                 return
         if name == "normalize_embeddings" and not isinstance(value, bool):
             raise TypeError(f"normalize_embeddings must be True or False, not {value!r}")
@@ -225,7 +226,9 @@ class SoftContrastiveLoss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         untyped: Any = super().__setstate__
         untyped(state)
-        # In modules that were pickled by an earlier version they are no buffers.
+        # Those of a copy are set apart from the original's.
+        self._buffers = dict(self._buffers)
+        # Tensors are no buffers in modules that were pickled by an earlier version; one that was computed comes back as a leaf.
         for name in THRESHOLDS:
             if isinstance(value := self.__dict__.get(name), Tensor):
                 setattr(self, name, value)
@@ -354,12 +357,14 @@ class SoftContrastiveLoss(nn.Module):
         for name, own in present.items():
             try:
                 moved = fn(own)
-            except TypeError:  # MPS has no float64. The loss is computed on the CPU there.
-                continue
-            if own.is_meta or moved.is_meta:
-                self._buffers[name] = moved.to(own.dtype)
-            elif moved is not own:
-                own.data = own.detach().to(moved.device)
+                if moved is own:
+                    continue
+                if own.is_meta or moved.is_meta:
+                    self._buffers[name] = moved.detach().to(own.dtype).requires_grad_(own.requires_grad)
+                else:
+                    own.data = own.detach().to(moved.device)
+            except TypeError:
+                pass  # MPS has no float64. The loss is computed on the CPU there.
         return self
 
     @torch.no_grad()
@@ -374,9 +379,9 @@ class SoftContrastiveLoss(nn.Module):
                 setattr(self, name, values[name])
                 del state_dict[prefix + name]
                 continue
-            value = torch.as_tensor(value).detach().reshape(own.shape)
-            if own.is_meta and name in self._buffers:
-                setattr(self, name, value.clone().requires_grad_(own.requires_grad))
+            value = torch.as_tensor(value).detach().to(own.dtype, copy=True).reshape(own.shape).requires_grad_(own.requires_grad)
+            if own.is_meta and name in self._buffers and name not in self._non_persistent_buffers_set:
+                setattr(self, name, value)
             state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *others)
 

@@ -306,10 +306,10 @@ class CrossBatchMemory(nn.Module):
         self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CrossBatchMemory:
-        was_meta = self.queue_idx.is_meta or self.label_memory.is_meta
+        was_meta = any(buffer.is_meta for buffer in self.buffers(recurse=False))
         untyped: Any = super()._apply
         untyped(fn, recurse)
-        if was_meta and not self.queue_idx.is_meta and not self.label_memory.is_meta:
+        if was_meta and not any(buffer.is_meta for buffer in self.buffers(recurse=False)):
             # `to_empty` gives the buffers any values.
             self.reset_queue()
         return self

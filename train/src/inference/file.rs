@@ -7,8 +7,6 @@
 //! .npy: only the matrix; everything else is in a .json of the same name, or the labels in `NAME.labels.npy`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -17,7 +15,7 @@ use super::npy;
 use crate::error::fits;
 use crate::{Error, Result};
 use ddtas_io::files::{check_place, read, write_together};
-use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
+use ddtas_io::tensors::{EmbeddedRows, TensorFile, file_has, write_rows};
 
 /// Key of the rows' names in the metadata.
 const NAMES: &str = "names";
@@ -78,24 +76,13 @@ pub(super) fn check_beside(path: &Path) -> Result<()> {
 /// Checks that the .safetensors `path`, if it is there, is not another file than one of embeddings, such as a checkpoint.
 ///
 /// # Errors
-/// [`Misused`](ddtas_io::Error::Misused).
+/// [`Misused`](ddtas_io::Error::Misused); [`Io`](ddtas_io::Error::Io) if it cannot be read.
 pub(super) fn check_replaced(path: &Path) -> Result<()> {
-    if !path.is_file() {
-        return Ok(());
-    }
-    let header = header(path).map_err(Error::io("read", path))?;
-    let good = header.is_empty() || TensorFile::parse(path, &header).is_ok_and(|file| file.has("embeddings"));
+    let good = match std::fs::metadata(path) {
+        Ok(found) if found.is_file() => found.len() == 0 || file_has(path, "embeddings")?,
+        _ => true,
+    };
     fits(good, "out", path.display(), "would be overwritten, and holds no embeddings: give another")
-}
-
-/// The header of a .safetensors file: its length in eight bytes, and that many more.
-fn header(path: &Path) -> std::io::Result<Vec<u8>> {
-    const LONGEST: u64 = 100 << 20;
-    let (mut file, mut bytes) = (File::open(path)?, Vec::new());
-    (&mut file).take(8).read_to_end(&mut bytes)?;
-    let length = bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
-    file.take(length.min(LONGEST)).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Format of a file, by its extension.

@@ -80,8 +80,15 @@ impl NetworkShape {
     /// Lower bound on the bytes of the weights: those of the small network's last stage, or of the head. In
     /// the other networks the head has at least the vision transformer's 384 features.
     pub(crate) fn least_bytes(&self) -> usize {
+        let [backbone, head] = self.least_bytes_of_parts();
+        backbone.max(head)
+    }
+
+    /// The same of the backbone and of the head.
+    pub(crate) fn least_bytes_of_parts(&self) -> [usize; 2] {
         let features = if self.backbone == BackboneKind::Residual { 4 * self.width } else { 384 };
-        size_of::<f32>() * (9 * (4 * self.width).pow(2) * self.depth).max(features * self.embedding_dim)
+        let parts = [9 * (4 * self.width).pow(2) * self.depth, features * self.embedding_dim];
+        parts.map(|weights| size_of::<f32>() * weights)
     }
 }
 

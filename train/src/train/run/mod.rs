@@ -129,12 +129,12 @@ pub fn resume(
             if !writes {
                 return Ok(Outcome::OnRank0);
             }
-            let summary =
-                Findings::read(folder.path()).map_err(|error| error.to_string()).and_then(|findings| {
-                    let summary =
-                        Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds());
-                    summary.map(Box::new).ok_or_else(|| "the checkpoint has no evaluations".to_owned())
-                });
+            let lost = |error| format!("{error}; without --json the place of the run is printed");
+            let summary = Findings::read(folder.path()).map_err(lost).and_then(|findings| {
+                let summary =
+                    Summary::of(&state, &settings, folder.path(), findings.seen, folder.read_seconds());
+                summary.map(Box::new).ok_or_else(|| "the checkpoint has no evaluations".to_owned())
+            });
             return Ok(Outcome::FinishedBefore {
                 summary,
                 folder: folder.path().to_path_buf(),

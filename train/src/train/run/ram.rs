@@ -1,7 +1,6 @@
 //! Checks that this machine's memory suffices for a step or an evaluation: a failed allocation would abort the program.
 
 use super::evaluation::EVALUATION_CHUNK;
-use crate::model::NetworkShape;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 
@@ -55,21 +54,20 @@ fn too_large(
     Error::misuse(name, value, reason)
 }
 
-/// An error if training the network on the CPU needs more than `most` bytes for its weights, their gradients and the optimizer's
-/// two moments.
+/// An error if training the network on the CPU needs more than `most` bytes for its weights and, of the parts that train, their
+/// gradients and the optimizer's two moments.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) names the setting to lower, and both sizes.
 pub(super) fn check_weights(settings: &TrainSettings, most: u128) -> Result<()> {
     let shape = settings.network_shape();
-    // A backbone that never trains has neither gradients nor moments.
-    let copies = if settings.optimizer.head_steps < settings.steps { 4 } else { 1 };
-    let needed = copies * shape.least_bytes() as u128;
+    let [backbone, head] = shape.least_bytes_of_parts().map(|bytes| bytes as u128);
+    let backbone = if settings.optimizer.head_steps < settings.steps { 4 * backbone } else { backbone };
+    let needed = backbone.max(4 * head);
     if needed <= most {
         return Ok(());
     }
-    let without_head = NetworkShape { embedding_dim: 1, ..shape };
-    let (name, value) = match copies * without_head.least_bytes() as u128 > most {
+    let (name, value) = match needed == backbone {
         true => ("width", settings.width),
         false => ("embedding-dim", settings.embedding_dim),
     };
@@ -130,19 +128,19 @@ mod tests {
 
     #[test]
     fn weights_that_cannot_fit_are_named_by_the_setting_to_lower() {
+        let usual = TrainSettings::default();
         let of = |settings: &TrainSettings| {
             check_weights(settings, 1_000_000_000).map_err(|error| error.to_string())
         };
-        let usual = TrainSettings::default();
         of(&usual).unwrap();
-        let wide = of(&TrainSettings { width: 2048, ..usual.clone() }).unwrap_err();
-        assert!(wide.starts_with("--width 2048: training a network of"), "{wide}");
-        let long = TrainSettings { embedding_dim: 600_000, ..usual };
-        let said = of(&long).unwrap_err();
-        assert!(said.starts_with("--embedding-dim 600000: training a network of"), "{said}");
-        let mut alone = long.clone();
-        alone.optimizer.head_steps = long.steps;
-        of(&alone).unwrap();
+        let mut wide = TrainSettings { width: 1024, ..usual.clone() };
+        let said = of(&wide).unwrap_err();
+        assert!(said.starts_with("--width 1024: training a network of"), "{said}");
+        // The head alone is trained: one copy of the backbone's weights fits.
+        wide.optimizer.head_steps = wide.steps;
+        of(&wide).unwrap();
+        let said = of(&TrainSettings { embedding_dim: 65_536, ..wide }).unwrap_err();
+        assert!(said.starts_with("--embedding-dim 65536: training a network of"), "{said}");
     }
 
     #[test]
