@@ -174,8 +174,7 @@ impl Embedder {
     ///
     /// # Errors
     /// [`Error::Dataset`] if a class has no readable picture; [`Format`](ddtas_io::Error::Format) if an embedding is not
-    /// finite or all zeros;
-    /// [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
+    /// finite or all zeros; [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
         self.check_memory(total)?;

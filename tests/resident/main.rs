@@ -2,20 +2,20 @@
 //! whose memory is the host's.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+mod parts;
+mod search;
+
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::{
     DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
     ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
-use ddtas::backend::{Backend, Nearest, Picked};
+use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{
-    Batch, Embeddings, Identity, LossOutput, LossScalars, LossSettings, Mining, RowNumbers, Rows, UnitCheck,
+    Batch, Identity, LossOutput, LossScalars, LossSettings, Mining, RowNumbers, Rows, UnitCheck,
 };
-use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
-use ddtas_cases::parts::loss_in_parts;
-use half::{bf16, f16};
 use ndarray::Array2;
 
 /// Distinct unit rows on a circle, with labels of three rows per class.
@@ -48,6 +48,67 @@ fn run(batch: &ResidentBatch) -> Result<LossOutput> {
     unsafe { backend().loss_resident(batch, &LossSettings::default(), &mut output) }.map(|()| output)
 }
 
+fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
+    // SAFETY: as in `run`.
+    unsafe { backend().nearest_resident(batch, None, k) }
+}
+
+/// The part of rows `range` of the batch `all`.
+fn part_of(
+    all: (&Array2<f32>, &[i64]),
+    range: std::ops::Range<usize>,
+    gradient: &mut Array2<f32>,
+    identity: ResidentIdentity,
+) -> ResidentPart {
+    let (rows, labels) = all;
+    let whole = ResidentRows {
+        count: labels.len(),
+        embeddings: rows.as_ptr() as u64,
+        labels: labels.as_ptr() as u64,
+        gradient: 0,
+    };
+    let own = ResidentRows {
+        count: range.len(),
+        embeddings: whole.embeddings + (range.start * 2 * size_of::<f32>()) as u64,
+        labels: whole.labels + (range.start * size_of::<i64>()) as u64,
+        gradient: gradient.as_mut_ptr() as u64,
+    };
+    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), normalize: false }
+}
+
+/// Enqueues the loss of a whole batch with default settings; its scalars.
+fn enqueue(
+    e: &Array2<f32>,
+    labels: &[i64],
+    gradient: &mut Array2<f32>,
+    normalize: bool,
+) -> Result<LossScalars> {
+    enqueue_on(
+        &mut backend(),
+        &ResidentSettings { settings: LossSettings::default(), lambda: 0 },
+        (e, labels),
+        gradient,
+        normalize,
+    )
+}
+
+fn enqueue_on(
+    backend: &mut DeviceBackend<EmulatedDevice>,
+    given: &ResidentSettings,
+    (e, labels): (&Array2<f32>, &[i64]),
+    gradient: &mut Array2<f32>,
+    normalize: bool,
+) -> Result<LossScalars> {
+    let batch = batch(resident(e, labels, gradient), None);
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), normalize };
+    let (mut scalars, mut loss) = (LossOutput::default().scalars(), 0.0f32);
+    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: &raw mut loss as u64 };
+    // SAFETY: the matrices, the thresholds, the scalars and the loss outlive the call.
+    unsafe { backend.enqueue_loss(&part, given, output) }?;
+    assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
+    Ok(scalars)
+}
+
 #[test]
 fn square_form_gives_the_same_bits() {
     let (e, labels) = rows(140, 0.0);
@@ -70,7 +131,8 @@ fn pairs_of_anchors_that_do_not_enter_the_loss_are_not_counted_as_mined() {
     let mut gradient = Array2::zeros((140, 2));
     let settings = LossSettings { gamma: 0.05, ..LossSettings::default() };
     let (mut backend, mut output) = (backend(), LossOutput::default());
-    let scalars = enqueue_on(&mut backend, &settings, (&e, &labels), &mut gradient, false).unwrap();
+    let given = ResidentSettings { settings, lambda: 0 };
+    let scalars = enqueue_on(&mut backend, &given, (&e, &labels), &mut gradient, false).unwrap();
     backend.anchors_of_last_loss(&mut output).unwrap();
     assert_eq!((scalars.mined_pos, scalars.mined_neg), output.mined());
     let kept: u64 = output.count_pos.iter().chain(&output.count_neg).map(|&count| u64::from(count)).sum();
@@ -258,297 +320,8 @@ fn sums_of_thresholds_in_device_memory_have_room_for_any_in_range() {
     let mut gradient = Array2::zeros((190, 2));
     let thresholds = [-2.0f64; 2];
     let given = ResidentSettings { settings: settings.with_lambda(0.0), lambda: thresholds.as_ptr() as u64 };
-    let mut scalars = LossOutput::default().scalars();
-    let batch = batch(resident(&e, &labels, &mut gradient), None);
-    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 190, normalize: false };
-    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: 0 };
-    // SAFETY: the matrices, thresholds and scalars outlive the call.
-    unsafe { backend().enqueue_loss(&part, &given, output) }.unwrap();
+    let scalars = enqueue_on(&mut backend(), &given, (&e, &labels), &mut gradient, false).unwrap();
     assert!((scalars.loss - host.loss).abs() < 1e-5 * host.loss, "{} {}", scalars.loss, host.loss);
-}
-
-/// Rows for searches, without labels and gradient.
-fn searched<T>(rows: &Array2<T>) -> ResidentRows {
-    ResidentRows { count: rows.nrows(), embeddings: rows.as_ptr() as u64, labels: 0, gradient: 0 }
-}
-
-fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
-    // SAFETY: as in `run`.
-    unsafe { backend().nearest_resident(batch, None, k) }
-}
-
-/// Compares searches of rows in device memory and in host memory, in one type.
-fn search_both_ways<T>(
-    (e, r): (&Array2<T>, &Array2<T>),
-    dtype: ElementType,
-    embeddings: fn(&Array2<T>) -> Embeddings<'_>,
-) {
-    // More queries than one tile; some k exceed the references.
-    for (references, k) in [(None, 1), (None, 200), (Some(r), 1), (Some(r), 7), (Some(r), 60)] {
-        let labels = [0; 140];
-        let side = |rows| Rows { embeddings: embeddings(rows), labels: &labels[..rows.nrows()] };
-        let host =
-            backend().nearest(&side(e), references.map(side).as_ref(), k).expect("rows of unit length");
-        let batch = ResidentBatch { dtype, ..batch(searched(e), references.map(searched)) };
-        assert_eq!(nearest(&batch, k).expect("the same rows"), host, "{dtype:?}, k = {k}");
-    }
-}
-
-#[test]
-fn neighbours_of_resident_rows_are_those_of_the_host_s_in_every_type_and_form() {
-    let ((e, _), (r, _)) = (rows(140, 0.0), rows(30, 0.1));
-    search_both_ways((&e, &r), ElementType::F32, |m| Embeddings::F32(m.view()));
-    let half = |m: &Array2<f32>| m.mapv(f16::from_f32);
-    search_both_ways((&half(&e), &half(&r)), ElementType::F16, |m| Embeddings::F16(m.view()));
-    let brain = |m: &Array2<f32>| m.mapv(bf16::from_f32);
-    search_both_ways((&brain(&e), &brain(&r)), ElementType::Bf16, |m| Embeddings::Bf16(m.view()));
-}
-
-#[test]
-fn a_search_with_bad_rows_addresses_or_k_is_refused() {
-    let ((e, _), (mut r, _)) = (rows(20, 0.0), rows(9, 0.1));
-    r[[4, 0]] = f32::NAN;
-    r[[6, 1]] = 2.0;
-    let (queries, references) = (searched(&e), searched(&r));
-    let error = nearest(&batch(queries, Some(references)), 3).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { rows: "references", row: 4 }), "{error}");
-    r[[4, 0]] = 0.0;
-    r[[4, 1]] = 1.0;
-    let error = nearest(&batch(searched(&r), None), 3).unwrap_err();
-    assert!(matches!(error, Error::NotUnit { rows: "queries", row: 6, .. }), "{error}");
-    let trusted = ResidentBatch { check: UnitCheck::Trust, ..batch(searched(&r), None) };
-    nearest(&trusted, 3).unwrap();
-
-    for k in [0, 1 << 32] {
-        let error = nearest(&batch(queries, None), k).unwrap_err();
-        assert!(matches!(error, Error::InvalidSetting { name: "k", .. }), "{error}");
-    }
-    for address in [0, queries.embeddings + 2] {
-        let bad = ResidentRows { embeddings: address, ..queries };
-        for refused in [batch(bad, None), batch(queries, Some(bad))] {
-            let error = nearest(&refused, 1).unwrap_err();
-            assert!(matches!(error, Error::InvalidSetting { name: "embeddings", .. }), "{error}");
-        }
-    }
-    let none = ResidentRows { count: 0, ..queries };
-    assert!(matches!(nearest(&batch(none, None), 1), Err(Error::Empty { rows: "queries" })));
-    assert!(matches!(nearest(&batch(queries, Some(none)), 1), Err(Error::Empty { rows: "references" })));
-}
-
-#[test]
-fn recall_of_resident_rows_leaves_ignored_ones_out() {
-    let (mut e, mut labels) = rows(140, 0.0);
-    for row in (0..140).step_by(5) {
-        labels[row] = -1;
-    }
-    // An ignored row is not checked.
-    e[[5, 0]] = f32::NAN;
-    e[[135, 0]] = f32::NAN;
-    let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
-    let ks = [1, 2, 8];
-    let mut backend = backend();
-    let host = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
-    // SAFETY: as in `run`.
-    let there = unsafe { backend.labels_resident(&batch.anchors) }.unwrap();
-    assert_eq!(there, labels);
-    let mut among = |picked: &Picked<'_>, k| {
-        // SAFETY: as in `run`.
-        unsafe { backend.nearest_resident(&batch, Some(picked), k) }
-    };
-    assert_eq!(recall_by(&there, &ks, &mut among).unwrap(), host);
-    assert!(host.at[0].1 < 1.0 && host.queries > 100, "rows that recall does not trivially pass: {host:?}");
-
-    for listed in [&[][..], &[3, 140]] {
-        let few = &[1, 2][..];
-        for picked in
-            [Picked { queries: listed, gallery: None }, Picked { queries: few, gallery: Some(listed) }]
-        {
-            let error = among(&picked, 1).unwrap_err();
-            let named = matches!(error, Error::Empty { .. } | Error::InvalidSetting { name: "picked", .. });
-            assert!(named, "{picked:?}: {error}");
-        }
-    }
-    // SAFETY: as in `run`.
-    let refused = unsafe {
-        let picked = Picked { queries: &[1, 2], gallery: None };
-        backend.nearest_resident(
-            &ResidentBatch { references: Some(batch.anchors), ..batch },
-            Some(&picked),
-            1,
-        )
-    };
-    assert!(matches!(refused, Err(Error::InvalidSetting { name: "picked", .. })), "{refused:?}");
-    let good = &[1, 2, 3][..];
-    // Far beyond the number of picked rows, too.
-    for (bad, row) in [(&[4, 5, 6][..], 5), (&[134, 135, 136], 135)] {
-        for picked in
-            [Picked { queries: bad, gallery: Some(good) }, Picked { queries: good, gallery: Some(bad) }]
-        {
-            // In a workspace of its own, which is no larger than it needs to be.
-            let mut backend = DeviceBackend::new(EmulatedDevice::new(5), Options::default());
-            // SAFETY: as in `run`.
-            let error = unsafe { backend.nearest_resident(&batch, Some(&picked), 1) }.unwrap_err();
-            let named = matches!(error, Error::NotFinite { rows: "queries", row: said } if said == row);
-            assert!(named, "the caller's row: {error}");
-        }
-    }
-}
-
-/// The part of rows `range` of the batch `all`.
-fn part_of(
-    all: (&Array2<f32>, &[i64]),
-    range: std::ops::Range<usize>,
-    gradient: &mut Array2<f32>,
-    identity: ResidentIdentity,
-) -> ResidentPart {
-    let (rows, labels) = all;
-    let whole = ResidentRows {
-        count: labels.len(),
-        embeddings: rows.as_ptr() as u64,
-        labels: labels.as_ptr() as u64,
-        gradient: 0,
-    };
-    let own = ResidentRows {
-        count: range.len(),
-        embeddings: whole.embeddings + (range.start * 2 * size_of::<f32>()) as u64,
-        labels: whole.labels + (range.start * size_of::<i64>()) as u64,
-        gradient: gradient.as_mut_ptr() as u64,
-    };
-    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), normalize: false }
-}
-
-/// What two parts found: numbers of the rows, totals, gradient and the parts' scalars.
-struct FoundInParts {
-    min_pos: Vec<f32>,
-    max_neg: Vec<f32>,
-    count_pos: Vec<u32>,
-    count_neg: Vec<u32>,
-    sums: [u64; 2],
-    gradient: Array2<f32>,
-    scalars: [LossScalars; 2],
-}
-
-/// Enqueues the loss of 140 rows in two parts. Thresholds are in device memory, and differ from those in the settings.
-fn enqueue_parts((e, labels): (&Array2<f32>, &[i64]), lambda: [f64; 2], normalize: bool) -> FoundInParts {
-    let list: Vec<u32> = (0..50).collect();
-    let given = ResidentSettings { settings: LossSettings::default(), lambda: lambda.as_ptr() as u64 };
-    let mut gradients = [Array2::zeros((50, 2)), Array2::zeros((90, 2))];
-    let identities = [ResidentIdentity::List(list.as_ptr() as u64), ResidentIdentity::From(50)];
-    let ranges = [0..50, 50..140];
-    let part = |p: usize, gradient: &mut Array2<f32>| {
-        let part = part_of((e, labels), ranges[p].clone(), gradient, identities[p]);
-        ResidentPart { normalize, ..part }
-    };
-    let parts: Vec<ResidentPart> =
-        gradients.iter_mut().enumerate().map(|(p, gradient)| part(p, gradient)).collect();
-    let mut backends = [backend(), backend()];
-    let (mut min_pos, mut max_neg) = (vec![0.0f32; 140], vec![0.0f32; 140]);
-    let (mut count_pos, mut count_neg) = (vec![0u32; 140], vec![0u32; 140]);
-    let (mut totals, mut sums) = ([[0u64; 2]; 2], [0u64; 2]);
-    let mut scalars = [[0u64; size_of::<LossScalars>() / 8]; 2];
-    let at = |base: u64, row: usize| base + 4 * row as u64;
-    let numbers = |base: u64, p: usize| ResidentNumbers {
-        anchors: at(base, ranges[p].start),
-        references: base,
-        count: 140,
-    };
-    let lists = [min_pos.as_mut_ptr() as u64, max_neg.as_mut_ptr() as u64];
-    let counts = [count_pos.as_mut_ptr() as u64, count_neg.as_mut_ptr() as u64];
-    // SAFETY: every address is that of a matrix or list of this test, which is long enough.
-    unsafe {
-        for p in 0..2 {
-            let to = at(lists[0], ranges[p].start);
-            backends[p].enqueue_same_class(&parts[p], &given, to).unwrap();
-        }
-        for p in 0..2 {
-            let (to, found) = (at(lists[1], ranges[p].start), totals[p].as_mut_ptr() as u64);
-            backends[p].enqueue_sweep(&parts[p], numbers(lists[0], p), to, found).unwrap();
-        }
-        // A call on the emulated device has finished when it returns.
-        sums[0] = totals[0][0] + totals[1][0];
-        sums[1] = totals[0][1] + totals[1][1];
-        for p in 0..2 {
-            let to = counts.map(|list| at(list, ranges[p].start));
-            let sums = sums.as_ptr() as u64;
-            backends[p].enqueue_select(&parts[p], numbers(lists[1], p), sums, to).unwrap();
-        }
-        for p in 0..2 {
-            let given = counts.map(|list| numbers(list, p));
-            backends[p].enqueue_gradient(&parts[p], given, scalars[p].as_mut_ptr() as u64).unwrap();
-        }
-    }
-    let [first, second] = gradients;
-    let gradient = ndarray::concatenate![ndarray::Axis(0), first, second];
-    // SAFETY: the words have the size and alignment of LossScalars; its fields allow any bit pattern.
-    let scalars = scalars.map(|words| unsafe { words.as_ptr().cast::<LossScalars>().read() });
-    FoundInParts { min_pos, max_neg, count_pos, count_neg, sums, gradient, scalars }
-}
-
-#[test]
-fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
-    let (e, labels) = rows(140, 0.0);
-    let all = Rows::new(e.view(), &labels);
-    let settings = LossSettings { lambda_pos: 0.6, lambda_neg: 0.4, ..LossSettings::default() };
-    let mut host: Vec<Box<dyn Backend>> = vec![Box::new(backend()), Box::new(backend())];
-    let tangent = Array2::zeros((140, 2));
-    let wanted = loss_in_parts(&mut host, &all, &[50, 90], &settings, tangent.view()).unwrap().output;
-    assert!(wanted.active > 0, "a batch that mines something");
-
-    let found = enqueue_parts((&e, &labels), [0.6, 0.4], false);
-    assert_eq!((found.min_pos, found.max_neg), (wanted.min_pos, wanted.max_neg));
-    assert_eq!((found.count_pos, found.count_neg), (wanted.count_pos, wanted.count_neg));
-    assert_eq!(found.sums, [wanted.probe_neg, wanted.total_pos]);
-    assert_eq!(found.gradient, wanted.gradient);
-    // The fixed-point unit of the sums allows for any threshold, so they are rounded more coarsely.
-    let loss = found.scalars.iter().map(|scalars| scalars.loss).sum::<f64>();
-    assert!((loss - wanted.loss).abs() < 1e-9, "{loss} {}", wanted.loss);
-    assert_eq!(found.scalars.iter().map(|scalars| scalars.active).sum::<u64>(), wanted.active);
-}
-
-#[test]
-fn parts_of_rows_of_any_length_have_the_loss_and_gradient_of_the_whole_batch() {
-    let (unit, labels) = rows(140, 0.0);
-    let e = unit * 3.0;
-    let mut gradient = Array2::from_elem((140, 2), f32::NAN);
-    let whole = enqueue(&e, &labels, &mut gradient, true).unwrap();
-    let LossSettings { lambda_pos, lambda_neg, .. } = LossSettings::default();
-    let found = enqueue_parts((&e, &labels), [lambda_pos, lambda_neg], true);
-    let sum = |of: fn(&LossScalars) -> f64| found.scalars.iter().map(of).sum::<f64>();
-    assert!(whole.loss > 0.0 && (sum(|part| part.loss) - whole.loss).abs() < 1e-6 * whole.loss);
-    assert_eq!(sum(|part| part.mined_pos as f64), whole.mined_pos as f64);
-    assert_eq!(sum(|part| part.mined_neg as f64), whole.mined_neg as f64);
-    let largest = gradient.iter().fold(0.0f32, |most, entry| most.max(entry.abs()));
-    assert!(largest > 0.0);
-    let close = |(got, want): (&f32, &f32)| (got - want).abs() <= 1e-5 * largest;
-    assert!(found.gradient.iter().zip(&gradient).all(close), "{} {gradient}", found.gradient);
-}
-
-/// Enqueues the loss of a whole batch with default settings; its scalars.
-fn enqueue(
-    e: &Array2<f32>,
-    labels: &[i64],
-    gradient: &mut Array2<f32>,
-    normalize: bool,
-) -> Result<LossScalars> {
-    enqueue_on(&mut backend(), &LossSettings::default(), (e, labels), gradient, normalize)
-}
-
-fn enqueue_on(
-    backend: &mut DeviceBackend<EmulatedDevice>,
-    settings: &LossSettings,
-    (e, labels): (&Array2<f32>, &[i64]),
-    gradient: &mut Array2<f32>,
-    normalize: bool,
-) -> Result<LossScalars> {
-    let batch = batch(resident(e, labels, gradient), None);
-    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), normalize };
-    let given = ResidentSettings { settings: *settings, lambda: 0 };
-    let (mut scalars, mut loss) = (LossOutput::default().scalars(), 0.0f32);
-    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: &raw mut loss as u64 };
-    // SAFETY: the matrices, the scalars and the loss outlive the call.
-    unsafe { backend.enqueue_loss(&part, &given, output) }?;
-    assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
-    Ok(scalars)
 }
 
 #[test]
@@ -631,51 +404,5 @@ fn a_safe_call_reads_no_address_that_an_earlier_call_was_given() {
         let numbers = RowNumbers { anchors: &[0.5; 30][..], references: &[0.5; 30][..] };
         let refused = backend.sweep(&of_host, numbers, &mut LossOutput::default());
         assert!(matches!(refused, Err(Error::OutOfOrder(_))), "{refused:?}");
-    }
-}
-
-#[test]
-fn parts_of_another_shape_or_out_of_order_are_refused() {
-    let (e, labels) = rows(30, 0.0);
-    let mut gradient = Array2::zeros((20, 2));
-    let part = part_of((&e, &labels), 0..20, &mut gradient, ResidentIdentity::From(0));
-    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let mut list = [0u64; 31];
-    let address = list.as_mut_ptr() as u64;
-    let numbers = ResidentNumbers { anchors: address, references: address, count: 30 };
-    let mut backend = backend();
-    // SAFETY: every address is that of a matrix or list of this test; refused calls use none.
-    unsafe {
-        let early = backend.enqueue_sweep(&part, numbers, address, address);
-        assert!(matches!(early, Err(Error::OutOfOrder(_))));
-        backend.enqueue_same_class(&part, &given, address).unwrap();
-        let other = part_of((&e, &labels), 0..19, &mut gradient, ResidentIdentity::From(0));
-        let refused = backend.enqueue_sweep(&other, numbers, address, address);
-        assert!(matches!(refused, Err(Error::OutOfOrder(_))));
-        backend.enqueue_same_class(&part, &given, address).unwrap();
-        let many = ResidentNumbers { count: 31, ..numbers };
-        let refused = backend.enqueue_sweep(&part, many, address, address);
-        assert!(matches!(refused, Err(Error::LengthMismatch { .. })));
-        backend.enqueue_same_class(&part, &given, address).unwrap();
-        backend.enqueue_sweep(&part, numbers, address, address).unwrap();
-        backend.enqueue_select(&part, numbers, address, [address; 2]).unwrap();
-        let fewer = ResidentNumbers { count: 29, ..numbers };
-        let refused = backend.enqueue_gradient(&part, [numbers, fewer], address);
-        assert!(matches!(refused, Err(Error::LengthMismatch { .. })), "{refused:?}");
-        for normalize in [false, true] {
-            let part = ResidentPart { normalize, ..part };
-            backend.enqueue_same_class(&part, &given, address).unwrap();
-            backend.enqueue_sweep(&part, numbers, address, address).unwrap();
-            backend.enqueue_select(&part, numbers, address, [address; 2]).unwrap();
-            backend.enqueue_gradient(&part, [numbers; 2], address).unwrap();
-            let sums = backend.threshold_gradient_resident(&part.batch, [e.as_ptr() as u64, 0]);
-            assert_eq!(matches!(sums, Err(Error::OutOfOrder(_))), normalize, "{sums:?}");
-        }
-        let odd = ResidentSettings { lambda: 4, ..given };
-        let refused = backend.enqueue_same_class(&part, &odd, address);
-        assert!(matches!(refused, Err(Error::InvalidSetting { name: "lambda", .. })));
-        let none = ResidentPart { total: 0, ..part };
-        let refused = backend.enqueue_same_class(&none, &given, address);
-        assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
     }
 }
