@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels with g++ and runs them on the CPU: reference cases and random shapes
 # through every kernel, with shuffled schedules, and with planted faults that must be detected; then the
-# reference cases under AddressSanitizer and UndefinedBehaviorSanitizer; then every kernel under
-# ThreadSanitizer, which treats every thread of a block as a thread.
+# reference cases, searches and calls on device rows under AddressSanitizer and UndefinedBehaviorSanitizer;
+# then every kernel under ThreadSanitizer, which treats every thread of a block as a thread.
 # Needs Rust, gcc/g++ and Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,7 @@ say "AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize address,undefined libasan.so
 export ASAN_OPTIONS=detect_leaks=0
 verify tests/golden
+cargo test --release --quiet "${packages[@]}" --test nearest --test resident
 
 say "ThreadSanitizer: a barrier taken out of select.cu is noticed"
 sanitize thread libtsan.so

@@ -470,6 +470,18 @@ fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     for arguments in ["--resume edited", "eval --checkpoint edited/last.safetensors"] {
         assert_refused(&mut ddtas_train(arguments), "generator.lamda_rate is not a setting");
     }
+    let steps = text.lines().position(|line| line.starts_with("steps = ")).unwrap() + 1;
+    for (line, other, reason) in [
+        ("gamma = ", "gamma = 'small' # ", "gamma: invalid type: string"),
+        ("image_size = ", "image_size = -1 # ", "image_size: invalid value: integer `-1`"),
+        ("lambda_rate = ", "lambda_rate = true # ", "generator.lambda_rate: invalid type: boolean"),
+        ("gamma = ", "# ", "missing field `gamma`"),
+        ("steps = ", "steps = = ", &format!("line {steps}: ")),
+    ] {
+        fs::write(edited.join("config.toml"), text.replace(&format!("\n{line}"), &format!("\n{other}")))
+            .unwrap();
+        assert_refused(&mut ddtas_train("--resume edited"), &format!("config.toml: {reason}"));
+    }
 }
 
 #[test]
