@@ -67,7 +67,7 @@
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 /* order_merge: keys of a block, and a count for each warp and key. */
 #define ORDER_MERGED 128
-#define ORDER_MERGE_SHARED_BYTES (THREADS / 32 * ORDER_MERGED * 4)
+#define ORDER_MERGE_SHARED_BYTES ((2 * ORDER_RUNS + THREADS / 32 * ORDER_MERGED) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* The selection: bounds, class ranges and sums of the 128 rows and 128 columns of a tile, and what all pairs share. */
 #define SELECT_SHARED_BYTES (TILE * (2 * 8 + 8 + 2 * (3 * 5 + 2) * 4) + 80)

@@ -234,17 +234,48 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
     }
 }
 
-// A block has adjacent keys, and each warp searches for all of them in some of the runs, several at once: adjacent keys read the
-// same cache lines. Indices ascend over the runs, so equal keys of earlier runs come first.
+// How many of the `most` sorted keys of another run come before each of these: indices ascend over the runs, so equal keys of
+// earlier runs do. Several searches at once hide the latency of each.
+template <int n>
+DEVICE void count_before(const uint64_t *others, uint32_t most, bool earlier, const uint64_t (&keys)[n], uint32_t (&before)[n]) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) before[k] = 0;
+    for (uint32_t step = most == 0 ? 0 : 1u << highest_bit(most); step > 0; step /= 2) {
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+            if (before[k] + step > most) continue;
+            uint64_t other = others[before[k] + step - 1];
+            if (other < keys[k] || (earlier && other == keys[k])) before[k] += step;
+        }
+    }
+}
+
+// A block has adjacent keys of a run. Two warps find where its first and its last key belong in every other run, a run a lane;
+// then each warp searches between these places for all keys in some of the runs: a few cache lines, unless labels are uneven.
 constexpr uint32_t kAtOnce = ORDER_MERGED / 32;
 static_assert(ORDER_MERGED % 32 == 0 && ORDER_MERGED <= THREADS && ORDER_TILE % ORDER_MERGED == 0, "a thread a key, all of one run");
+static_assert(ORDER_RUNS == 32, "a lane a run");
+struct MergeShared {
+    uint32_t ends[2][ORDER_RUNS];
+    uint32_t found[THREADS / 32][ORDER_MERGED];
+};
+static_assert(sizeof(MergeShared) == ORDER_MERGE_SHARED_BYTES, "the launch plan's shared memory");
 KERNEL(order_merge, MergeParams, 4) {
     SHARED_MEMORY(bytes);
-    auto *found = reinterpret_cast<uint32_t *>(bytes);  // [warps, ORDER_MERGED]
+    auto &shared = *reinterpret_cast<MergeShared *>(bytes);
     uint32_t begin = block_x() * ORDER_MERGED;
     uint32_t own = begin / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
     uint32_t end = runs - first < ORDER_RUNS ? runs : first + ORDER_RUNS;
     auto length = [&](uint32_t run) { return p.count - run * p.run < p.run ? p.count - run * p.run : p.run; };
+    auto keys_of = [&](uint32_t run) { return p.from_keys + static_cast<uint64_t>(run) * p.run; };
+    if (warp_index() < 2) {
+        uint32_t run = first + lane_index(), last = p.count - begin < ORDER_MERGED ? p.count - 1 : begin + ORDER_MERGED - 1;
+        uint64_t key[1] = {p.from_keys[warp_index() == 0 ? begin : last]};
+        uint32_t before[1];
+        bool other = run < end && run != own;
+        count_before(keys_of(other ? run : own), other ? length(run) : 0, run < own, key, before);
+        shared.ends[warp_index()][lane_index()] = before[0];
+    }
     uint64_t keys[kAtOnce];
     uint32_t place[kAtOnce];
 #pragma unroll
@@ -253,25 +284,15 @@ KERNEL(order_merge, MergeParams, 4) {
         keys[k] = i < p.count ? p.from_keys[i] : kIgnored;
         place[k] = 0;
     }
+    block_sync();
     for (uint32_t run = first + warp_index(); run < end; run += THREADS / 32) {
-        if (run == own) continue;
-        const uint64_t *others = p.from_keys + static_cast<uint64_t>(run) * p.run;
-        uint32_t before[kAtOnce], most = length(run);
+        uint32_t from = shared.ends[0][run - first], before[kAtOnce];
+        count_before(keys_of(run) + from, shared.ends[1][run - first] - from, run < own, keys, before);
 #pragma unroll
-        for (uint32_t k = 0; k < kAtOnce; ++k) before[k] = 0;
-        for (uint32_t step = p.run; step > 0; step /= 2) {
-#pragma unroll
-            for (uint32_t k = 0; k < kAtOnce; ++k) {
-                if (before[k] + step > most) continue;
-                uint64_t other = others[before[k] + step - 1];
-                if (other < keys[k] || (run < own && other == keys[k])) before[k] += step;
-            }
-        }
-#pragma unroll
-        for (uint32_t k = 0; k < kAtOnce; ++k) place[k] += before[k];
+        for (uint32_t k = 0; k < kAtOnce; ++k) place[k] += from + before[k];
     }
 #pragma unroll
-    for (uint32_t k = 0; k < kAtOnce; ++k) found[warp_index() * ORDER_MERGED + k * 32 + lane_index()] = place[k];
+    for (uint32_t k = 0; k < kAtOnce; ++k) shared.found[warp_index()][k * 32 + lane_index()] = place[k];
     uint32_t i = begin + thread_index(), in_run = i % p.run + 1;
     bool there = thread_index() < ORDER_MERGED && i < p.count;
     uint64_t key = there ? p.from_keys[i] : kIgnored;
@@ -284,7 +305,7 @@ KERNEL(order_merge, MergeParams, 4) {
     block_sync();
     if (!there) return;
     uint32_t at = first * p.run + i % p.run;
-    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) at += found[warp * ORDER_MERGED + thread_index()];
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) at += shared.found[warp][thread_index()];
     p.keys[at] = key;
     p.order[at] = index;
 }

@@ -389,14 +389,15 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     select_end(pairs, tile, shared, false);
 }
 
-// The block's tile, if it has candidates that were not stored; `multiply(acc, rows, columns, bytes)` recomputes S.
+// The block's tile, if it has candidates that were not stored; `multiply(acc, rows, columns, bytes)` recomputes S. Tiles come in
+// the order of the sweep, whose rows stay in L2.
 template <class Precision, class Layout, class Sums, class Multiply>
 DEVICE void select_again(const PairsParams &p, Multiply multiply) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
+    TileIndex tile = tile_at(pairs, block_x());
+    uint64_t index = index_of(pairs, tile.row, tile.column);
     if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
-    TileIndex tile = tile_of(pairs, index);
     Sums acc;
     multiply(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
              tile_rows<Precision>(pairs.references, tile.column, pairs.stride), bytes);

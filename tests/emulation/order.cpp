@@ -9,12 +9,8 @@
 #include "emulation/machine.h"
 #include "params.h"
 
-int check(uint32_t count, uint64_t seeds, int64_t largest = 37) {
-    std::vector<int64_t> labels(count);
-    for (uint32_t i = 0; i < count; ++i) {
-        labels[i] = static_cast<int64_t>(static_cast<uint64_t>(i) * 7919 % 41) - 3;
-        if (labels[i] >= 0) labels[i] += largest - 37;
-    }
+int check_labels(const std::vector<int64_t> &labels, uint64_t seeds) {
+    const auto count = static_cast<uint32_t>(labels.size());
     std::vector<uint32_t> want(count);
     for (uint32_t i = 0; i < count; ++i) want[i] = i;
     // Ignored labels, which are negative, come last: as unsigned numbers they are the largest.
@@ -61,6 +57,16 @@ int check(uint32_t count, uint64_t seeds, int64_t largest = 37) {
     return 0;
 }
 
+// Labels in disorder: `classes` of them, up to `largest`, and three that are ignored.
+int check(uint32_t count, uint64_t seeds, int64_t largest = 37, int64_t classes = 38) {
+    std::vector<int64_t> labels(count);
+    for (uint32_t i = 0; i < count; ++i) {
+        labels[i] = static_cast<int64_t>(static_cast<uint64_t>(i) * 2654435761 % static_cast<uint64_t>(classes + 3)) - 3;
+        if (labels[i] >= 0) labels[i] += largest - classes + 1;
+    }
+    return check_labels(labels, seeds);
+}
+
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
     for (uint32_t count : {1u, 130u, 2048u, 5000u}) {
@@ -70,7 +76,13 @@ int main(int argc, char **argv) {
     for (int64_t largest : {(int64_t{1} << 23) - 1, int64_t{1} << 23, int64_t{1} << 62}) {
         if (int failed = check(2000, 1, largest)) return failed;
     }
+    // Few rows a class: the keys of a block are spread over the runs.
+    if (int failed = check(20000, 1, 6999, 7000)) return failed;
+    // A run with few labels of its own among others that have one: between its keys are whole runs.
+    std::vector<int64_t> uneven(10000, 5);
+    for (uint32_t i = 0; i < 10000; i += i < 2048 || i >= 8192 ? 16 : 1024) uneven[i] = i % 3 == 0 ? -1 : i % 11;
+    if (int failed = check_labels(uneven, 1)) return failed;
     // Wide tiles: with one merge, then with two.
-    if (int failed = check(ORDER_TILE * ORDER_RUNS + 3000, 1)) return failed;
+    if (int failed = check(ORDER_TILE * ORDER_RUNS + 3000, 1, 9999, 10000)) return failed;
     return check(ORDER_WIDE_TILE * ORDER_RUNS + 3000, 1);
 }
