@@ -30,13 +30,12 @@ DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
 
 // Reserves room in the pool for a tile's candidates, at least for their mask: the unit where it begins, NO_ROW if there is none.
 // In a pool that is too small, timing decides which tiles get room. Results do not depend on it: a tile has the same bits stored
-// or recomputed, and all other decisions use stores_all(), which is about the sum of all requests.
+// or recomputed, and other decisions depend on the sum of all requests alone (goes_by_lists() in weigh.cu).
 DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
     uint64_t first = atomic_fetch_add(&pairs.counters->pool_units, static_cast<uint64_t>(units));
     return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
 }
-DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->pool_units <= pairs.pool; }
 DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
 // Index of the first candidate of a segment that begins at unit `unit` of the pool, and of a stored tile.

@@ -3,8 +3,9 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings};
+use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, LossSettings};
 use ddtas_cases::{self as cases, Case};
+use ndarray::s;
 
 use super::{answers, bits, device, golden_case, random_rows};
 
@@ -26,11 +27,46 @@ fn schedules_do_not_change_a_bit() {
 }
 
 #[test]
+fn lists_do_not_depend_on_the_budget() {
+    // 128 rows in near pairs, which point away from all others and so have few candidates; of 1,000 others most pairs are.
+    let (near, all) = (128, 1128);
+    let mut rows = random_rows(all, 8, 25);
+    for i in 0..all {
+        if i < near && i % 2 == 1 {
+            let pair = rows.row(i - 1).to_owned();
+            rows.row_mut(i).assign(&pair);
+            rows[[i, 1]] += 0.01;
+        } else {
+            rows[[i, 0]] += if i < near { -0.8 } else { 1.5 };
+        }
+        let norm = rows.row(i).dot(&rows.row(i)).sqrt();
+        rows.row_mut(i).mapv_inplace(|entry| entry / norm);
+    }
+    let labels: Vec<i64> =
+        (0..all as i64).map(|row| if row < 128 { row / 2 } else { 64 + row / 5 }).collect();
+    // 2 MiB hold all candidates of 256 rows, and nearly half of those of 1,128.
+    for (count, some_lists) in [(256, true), (all, false)] {
+        let batch = Batch::square(Embeddings::F32(rows.slice(s![..count, ..])), &labels[..count]);
+        let answer = |budget: usize| {
+            let options = Options { budget: Some(budget), ..Options::default() };
+            let mut backend = DeviceBackend::new(EmulatedDevice::new(24), options);
+            let mut output = LossOutput::default();
+            backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
+            assert!(output.active > 0);
+            let (_, by_tiles) = backend.terms_of_last_loss().unwrap();
+            assert_eq!(by_tiles.contains(&false), some_lists, "{count} rows, budget {budget}");
+            output.gradient.mapv(f32::to_bits)
+        };
+        assert_eq!(answer(1 << 30), answer(2 << 20), "{count} rows");
+    }
+}
+
+#[test]
 fn a_sweep_of_several_runs_a_block_leaves_no_tile_out() {
     // 78 tiles on one multiprocessor: two runs of at most 64.
     let rows = random_rows(1500, 8, 5).mapv(half::bf16::from_f32);
     let labels: Vec<i64> = (0..1500).map(|row| row / 4).collect();
-    let batch = Batch::square(ddtas::loss::Embeddings::Bf16(rows.view()), &labels).trusted();
+    let batch = Batch::square(Embeddings::Bf16(rows.view()), &labels).trusted();
     let loss = |device: EmulatedDevice| {
         let mut output = LossOutput::default();
         DeviceBackend::new(device, Options::default())

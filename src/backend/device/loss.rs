@@ -1,4 +1,4 @@
-//! A whole loss on host rows: copies them to the device, issues the passes, and waits once, for the results.
+//! A whole loss on host rows: copies them to the device, issues the passes without a wait between them, and copies the results back.
 
 use ndarray::Array2;
 
