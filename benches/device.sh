@@ -9,11 +9,15 @@
 #    cuBLAS GEMMs), dense torch eager and compiled, and pytorch-metric-learning: table.md, plot.svg, results.json.
 #    Before a shape is timed its results are checked: m+, m-, counts, terms of the loss and gradient of 128 anchors against
 #    float64, counts against the kernels for other GPUs than Hopper, and budget 0 bit for bit. A wrong shape is not timed.
+#    Where there is ncu, the times of the kernels: kernels.csv. table.md ends with every aim of docs/kernels.md: met, NOT met
+#    or not measured in this run.
 # 4. the PyTorch module on tensors in GPU memory: its tests (python/tests/test_gpu.py), a comparison with dense torch
 #    in float64, and times: python.json
 #
-#     --quick          4 minutes at most: two batches and densities, fewer peers, only memcheck; steps that there is
-#                      no time for are left out and named
+#     --quick          4 minutes at most: the shapes that have aims at 512 dimensions, that is 16,384 rows at middle, 0.004 and
+#                      start, and 1,024, 80 and 65,536 at middle; beside them two GEMMs, and compiled torch at 65,536; kernels at
+#                      16,384 and middle; only memcheck. Not 128 dimensions nor 262,144 rows. What there is no time for is
+#                      left out and named
 #     --prebuilt DIR   use the programs that `benches/prebuilt.sh DIR` built elsewhere: `ddtas-bench`, `resident`, `tests`
 #                      and a wheel. Then neither Rust nor nvcc is needed.
 #     OUT              benches/records/DATE-GPU-cuda by default
@@ -28,11 +32,12 @@
 #     BATCHES, DIMS   rows and dimensions, separated by commas
 #     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
 #                     by default 0.004 and these three, those of the aims and of the CPU's table
+#                     If any of the three is set, --quick measures every combination, like the long form.
 #     DTYPE           bf16 (default), f16 or f32, which is measured twice: exact, and in TF32 like its peers
 #     BUDGET          most bytes for candidates (16 GiB)
-#     SKIP            steps to leave out, any of "verify sanitize throughput python"
+#     SKIP            steps to leave out, any of "verify sanitize throughput kernels python"; kernels are part of throughput
 #     QUICK_SECONDS   seconds after which --quick starts nothing more and ends what runs (215)
-#     LIMIT           seconds after which a command is ended, except compute-sanitizer (600; with --quick 40)
+#     LIMIT           seconds after which a command is ended, except compute-sanitizer (600; with --quick 40); peers have twice that
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,8 +64,19 @@ while (($#)); do
     shift
 done
 
-batches=${BATCHES:-${quick:+1024,16384}} dims=${DIMS:-${quick:+512}} densities=${DENSITIES:-${quick:+0.004,middle}}
-batches=${batches:-1024,4096,16384,65536,262144} dims=${dims:-128,512} densities=${densities:-0.004,late,middle,start}
+batches=${BATCHES:-${quick:+80,1024,16384,65536}} dims=${DIMS:-${quick:+512}} densities=${DENSITIES:-${quick:+0.004,middle}}
+batches=${batches:-80,1024,4096,16384,65536,262144} dims=${dims:-128,512} densities=${densities:-0.004,late,middle,start}
+shapes=()
+if [[ -n $quick && -z ${BATCHES:-}${DIMS:-}${DENSITIES:-} ]]; then
+    # Those with most aims first; the slowest last, because its peer has to be compiled.
+    shapes=(16384-512-{middle,0.004,start} {1024,80,65536}-512-middle)
+else
+    for dim in ${dims//,/ }; do
+        for density in ${densities//,/ }; do
+            for batch in ${batches//,/ }; do shapes+=("$batch-$dim-$density"); done
+        done
+    done
+fi
 dtype=${DTYPE:-bf16}
 budget=${BUDGET:-$((16 << 30))}
 skip=" ${SKIP:-} "
@@ -85,8 +101,9 @@ trap 'rm -rf "$scratch"' EXIT
 {
     echo "# ddtas on $gpu"
     echo
-    echo "- command: BATCHES=$batches DIMS=$dims DENSITIES=$densities DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\"" \
-        "benches/device.sh${quick:+ --quick}${prebuilt:+ --prebuilt DIR}"
+    echo "- command: ${BATCHES:+BATCHES=$BATCHES }${DIMS:+DIMS=$DIMS }${DENSITIES:+DENSITIES=$DENSITIES }DTYPE=$dtype BUDGET=$budget" \
+        "SKIP=\"${SKIP:-}\" benches/device.sh${quick:+ --quick}${prebuilt:+ --prebuilt DIR}"
+    echo "- rows, dimensions, density: ${shapes[*]}"
     if [[ -n $prebuilt ]]; then
         echo "- built elsewhere from commit $(cat "$prebuilt/commit")"
     else
@@ -143,9 +160,16 @@ skipped throughput && skipped python || timeout 120 python3 -c 'import sys, torc
     broken "python3 needs a torch that sees the GPU: python3 -m pip install torch pytorch-metric-learning"
     skip+="throughput python "
 }
-sanitizer=$(command -v compute-sanitizer || true)
-[[ -n $sanitizer || ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer ]] ||
-    sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
+# Path of a program of the CUDA toolkit; nothing without it.
+toolkit() {
+    PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v "$1" || true
+}
+sanitizer=$(toolkit compute-sanitizer)
+ncu=""
+skipped throughput || skipped kernels || {
+    ncu=$(toolkit ncu)
+    [[ -n $ncu ]] || tell "no ncu: the times of the kernels are not measured"
+}
 skipped sanitize || [[ -n $sanitizer ]] || {
     broken "no compute-sanitizer: install the CUDA 13 toolkit and set CUDA_HOME, or SKIP=sanitize"
     skip+="sanitize "
@@ -195,30 +219,40 @@ if ! skipped throughput; then
     # Arguments for exact products (none), and for f32 also for TF32.
     products=("")
     [[ $dtype != f32 ]] || products+=(--tf32)
-    peers=(--seconds "$seconds" ${quick:+--peers gemms,compiled})
-    for dim in ${dims//,/ }; do
-        for density in ${densities//,/ }; do
-            for batch in ${batches//,/ }; do
-                name=$batch-$dim-$density rows=$scratch/rows.safetensors
-                # The first call draws the rows; all others read them.
-                given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
-                for tf32 in "${products[@]}"; do
-                    # Rows on the host, with copies.
-                    attempt "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
-                        --seconds "$seconds" --json >"$scratch/host" || continue 2
-                    given=(--embeddings "$rows")
-                    # Checked; then timed with rows on the GPU, as in a training step there.
-                    attempt "$name" "${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --compare 128 \
-                        --budget "$budget" --seconds "$seconds" >"$scratch/ours" || continue 2
-                    mv "$scratch/host" "$scratch/$name.host${tf32#-}.json"
-                    mv "$scratch/ours" "$scratch/$name.ddtas${tf32#-}.json"
-                done
-                attempt "the peers of $name" python3 benches/device/baselines.py "$rows" --dtype "$dtype" "${peers[@]}" \
-                    >"$scratch/peers" || echo '[]' >"$scratch/peers"
-                mv "$scratch/peers" "$scratch/$name.peers.json"
-                rm -f "$rows"
-            done
+    for name in "${shapes[@]}"; do
+        IFS=- read -r batch dim density <<<"$name"
+        rows=$scratch/rows.safetensors
+        # The first call draws the rows; all others read them.
+        given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
+        for tf32 in "${products[@]}"; do
+            # Rows on the host, with copies.
+            attempt "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
+                --seconds "$seconds" --json >"$scratch/host" || continue 2
+            given=(--embeddings "$rows")
+            ours=("${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --budget "$budget")
+            # Checked; then timed with rows on the GPU, as in a training step there.
+            attempt "$name" "${ours[@]}" --compare 128 --seconds "$seconds" >"$scratch/ours" || continue 2
+            mv "$scratch/host" "$scratch/$name.host${tf32#-}.json"
+            mv "$scratch/ours" "$scratch/$name.ddtas${tf32#-}.json"
+            if [[ -n $ncu && (-z $quick || $name == 16384-512-middle) ]]; then
+                # The fewest losses, seven. ncu sees all of their kernels; report.py finds where a loss begins and ends.
+                log=$scratch/ncu
+                if attempt "the kernels of $name" "$ncu" --clock-control none --metrics gpu__time_duration.sum --print-units base \
+                    --target-processes all --csv --log-file "$log" "${ours[@]}" --seconds 0 >/dev/null; then
+                    mv "$log" "$scratch/$name.kernels${tf32#-}.csv"
+                else
+                    tell "no more times of kernels (SKIP=kernels leaves them out): $(grep -sm 1 ==ERROR== "$log" || true)"
+                    ncu=""
+                fi
+            fi
         done
+        # To compile dense torch takes some 20 seconds, so --quick does it only for its aim.
+        peers=gemms
+        [[ $name != 65536-512-middle ]] || peers+=,compiled
+        limit=$((2 * limit)) attempt "the peers of $name" python3 benches/device/baselines.py "$rows" --dtype "$dtype" \
+            --seconds "$seconds" ${quick:+--peers "$peers"} >"$scratch/peers" || echo '[]' >"$scratch/peers"
+        mv "$scratch/peers" "$scratch/$name.peers.json"
+        rm -f "$rows"
     done
     if compgen -G "$scratch/*.peers.json" >/dev/null; then attempt "the report" python3 benches/device/report.py "$scratch" "$out" || true; fi
 fi
