@@ -178,7 +178,7 @@ skipped sanitize || [[ -n $sanitizer ]] || {
 if [[ -n $prebuilt ]]; then
     bench=$prebuilt/ddtas-bench resident=("$prebuilt/resident") tests=("$prebuilt/tests")
     for wheel in "$prebuilt"/*.whl; do
-        [[ ! -e $wheel ]] || python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/python" "$wheel" ||
+        [[ ! -e $wheel ]] || timeout 60 python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/python" "$wheel" ||
             broken "pip does not install $wheel"
     done
     export PYTHONPATH=$scratch/python${PYTHONPATH:+:$PYTHONPATH}
@@ -192,9 +192,9 @@ else
     # Built before anything is timed.
     cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
     cargo test --quiet --no-run --release -p ddtas --features cuda --test cuda
+    # The time of compiling does not count.
+    SECONDS=0
 fi
-# The time of compiling does not count.
-SECONDS=0
 
 if ! skipped verify; then
     echo "== reference cases on the GPU"
@@ -203,7 +203,7 @@ if ! skipped verify; then
         "$bench" verify tests/golden --backend cuda --tf32 --json >"$out/verify-tf32.json" || true
     # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure. Each runs by itself, so that a
     # hanging kernel does not prevent the others.
-    names=$("${tests[@]}" --list 2>/dev/null | sed -n 's/: test$//p')
+    names=$(timeout 60 "${tests[@]}" --list 2>/dev/null | sed -n 's/: test$//p')
     [[ -n $names ]] || broken "there are no tests to run"
     export DDTAS_REQUIRE_GPU=1
     for name in $names; do
@@ -260,7 +260,7 @@ fi
 if ! skipped python; then
     echo "== the module of PyTorch"
     hangs=0
-    if python3 -c 'import ddtas.torch' 2>/dev/null; then
+    if timeout 120 python3 -c 'import ddtas.torch' 2>/dev/null; then
         if python3 -c 'import pytest' 2>/dev/null; then
             # If a test hangs, it is the last one in this file.
             attempt "tests of the module, $out/python_tests.txt" \

@@ -40,3 +40,8 @@ rm -f "$out"/*.whl
 python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$out" . --config-settings=build-args='--features cuda'
 echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes'), $(rustc --version)" >"$out/commit"
 du -h "$out"/*
+bytes=$(du -cb "$out"/* | tail -n 1 | cut -f 1)
+((bytes <= 64 << 20)) || {
+    echo "prebuilt.sh: $out holds $((bytes >> 20)) MiB, more than the 64 that a machine should have to receive" >&2
+    exit 1
+}

@@ -66,7 +66,12 @@ impl Answer {
                 ("mean_pos", o.mean_pos),
                 ("mean_neg", o.mean_neg),
             ];
-            let counts = [("probe_neg", o.probe_neg), ("total_pos", o.total_pos), ("active", o.active)];
+            let counts = [
+                ("probe_neg", o.probe_neg),
+                ("total_pos", o.total_pos),
+                ("total_neg", o.total_neg),
+                ("active", o.active),
+            ];
             floats.map(|(name, value)| (name, value.to_bits())).into_iter().chain(counts).collect::<Vec<_>>()
         };
         for ((name, a), (_, b)) in scalars(a).into_iter().zip(scalars(b)) {

@@ -2,8 +2,8 @@
 
     python3 benches/device/module.py --batch 1024,16384 --dtype bf16
 
-Before a batch is timed, its loss and gradient are compared with those of dense.py in float64, if its B x B matrices fit (up to
---most rows); an error beyond the bounds ends the program.
+Before a batch is timed, its loss and gradient are compared with those of dense.py in float64, if its B x B matrices fit in free
+memory (up to --most rows); an error beyond the bounds ends the program.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from python_loss import draw  # noqa: E402
 
 # Largest error relative to the gradient's norm: M and the gradients that torch returns are rounded to the rows' type.
 BOUNDS = {"f32": 1e-4, "f16": 2e-3, "bf16": 1e-2}
+# B x B matrices of float64 that dense.py and its derivatives have in memory at once, generously.
+DENSE_MATRICES = 24
 
 
 def check(rows: torch.Tensor, labels: torch.Tensor, bound: float) -> dict[str, float]:
@@ -42,6 +44,14 @@ def check(rows: torch.Tensor, labels: torch.Tensor, bound: float) -> dict[str, f
         sys.exit(f"module.py: B = {len(rows)}: loss off by {errors['loss']:.1e} (1e-4 allowed), "
                  f"gradient by {errors['gradient']:.1e} ({bound:.0e} allowed)")
     return errors
+
+
+def most_compared(device: str) -> int:
+    """Rows of the largest batch whose dense float64 loss fits in the GPU's free memory."""
+    if device == "cpu":
+        return 4096
+    free, _ = torch.cuda.mem_get_info()
+    return int((free / (DENSE_MATRICES * 8)) ** 0.5)
 
 
 def run(batch: int, options: argparse.Namespace) -> dict:
@@ -71,10 +81,11 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--dtype", choices=TYPES, default="bf16")
     parser.add_argument("--noise", type=float, default=2.7, help="length of the noise over that of a centre; 2.7: some 8 %% mined")
-    parser.add_argument("--most", type=int, default=4096, help="rows up to which the answer is compared")
+    parser.add_argument("--most", type=int, help="rows up to which the answer is compared (default: as many as fit; on the CPU 4096)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    options.most = most_compared(options.device) if options.most is None else options.most
     print(json.dumps([run(batch, options) for batch in options.batch], indent=1))
 
 
