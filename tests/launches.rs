@@ -64,6 +64,20 @@ fn a_square_loss() {
 }
 
 #[test]
+fn a_square_loss_of_rows_of_any_length() {
+    let (e, labels) = rows(2_100);
+    let of_budget = |budget: usize| {
+        launched(&mut backend(budget), |backend| {
+            let batch = Batch::square(e.view(), &labels);
+            backend.normalized_loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+        })
+    };
+    // One kernel more, of the gradient; and one where tiles may have to be recomputed.
+    assert_launches(&of_budget(EVERYTHING), (9, 0));
+    assert_launches(&of_budget(1 << 20), (10, 0));
+}
+
+#[test]
 fn rows_that_are_rounded_are_f16_once_they_are_prepared() {
     let (e, labels) = rows(200);
     let of_device = |device: EmulatedDevice| {

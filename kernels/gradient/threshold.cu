@@ -7,8 +7,8 @@
 // threshold: blocks as in gradient.cu, for the positives' lambda or the negatives'. A tile without pairs of that kind, as most
 //   are for positives, is not multiplied.
 // threshold_sum: the sum over blocks. One block.
-// Precision: W has as many parts of the rows' type as f32 has digits for; sums of up to 8 tiles are f32, all else f64, in a fixed
-//   order.
+// Precision: W has two parts of a 16-bit type, whose errors are below 2^-17 of a slope and cancel; sums of up to 8 tiles are f32,
+//   all else f64, in a fixed order.
 
 #include "gradient/tile_product.cuh"
 
@@ -23,8 +23,8 @@ constexpr uint32_t kTilesAtOnce = 8;  // tiles whose sums are added in f32 befor
 // dM/dlambda for the positives' or the negatives' lambda, as the job of walk_tiles().
 template <class Precision>
 struct Slopes {
-    // Parts of 8 or 11 bits; the products of exact f32 split numbers themselves.
-    static constexpr uint32_t parts = Precision::exact ? 1 : 3;
+    // Two of 8 or 11 bits; the products of exact f32 split numbers themselves.
+    static constexpr uint32_t parts = Precision::exact ? 1 : 2;
     static constexpr bool may_be_nothing = true, from_words = false;
     const ThresholdParams &p;
     const TileBlock &block;
