@@ -1,6 +1,9 @@
 """torch's compiler, export and transforms see the loss as an operator: no break in the graph, no second compilation."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from formula import unit_rows
@@ -194,6 +197,28 @@ def test_an_exported_program_computes_the_same_wherever_it_is_loaded(strict, tmp
     assert want > 0 and again(*given) == want
 
 
+def test_an_exported_program_leaves_the_modules_of_another_process_alone(tmp_path):
+    torch.manual_seed(0)
+    network, given = Network(), batch()
+    for strict in (False, True):
+        torch.export.save(torch.export.export(network, given, strict=strict), tmp_path / f"{strict}.pt2")
+    torch.save((given, network(*given).item()), tmp_path / "given.pt")
+    subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=120)
+
+
+def compute_beside_live_modules(folder):
+    """The programs of the test above, in a process whose modules have the numbers that the exporting one's had."""
+    given, want = torch.load(folder / "given.pt")
+    losses = [SoftContrastiveLoss(threads=1) for _ in range(500)]
+    for loss in losses:
+        loss(*batch(11, seed=5))
+    before = [loss.statistics for loss in losses]
+    assert before[0]["active"] > 0
+    for program in folder.glob("*.pt2"):
+        assert torch.export.load(program).module()(*given).item() == want
+        assert [loss.statistics for loss in losses] == before
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_mixed_precision_and_a_gradient_scaler_train(compiled):
     torch.manual_seed(0)
@@ -234,3 +259,7 @@ def test_other_tensors_of_the_process_default_do_not_matter():
     with torch.device("meta"):
         assert SoftContrastiveLoss()(rows, labels) == want
     assert ddtas.__version__
+
+
+if __name__ == "__main__":
+    compute_beside_live_modules(Path(sys.argv[1]))

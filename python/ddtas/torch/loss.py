@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..functional import warn
 from ..settings import Mining, Settings
-from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
+from .engine import NO_INDICES, SHARED, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
 from .parts import References, loss_of_ranks
 from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, uncompiled, world_exists
@@ -311,7 +311,8 @@ class SoftContrastiveLoss(nn.Module):
             numbers,
             normalize,
             check,
-            self._engine.key,
+            # A program that is loaded in another process must not compute in the engine that has this number there.
+            SHARED.key if torch.compiler.is_exporting() else self._engine.key,
             None if ranks is None else partial(loss_of_ranks, ranks, kind_of_references=of_references),
         )
         if not torch.compiler.is_compiling() and not _traced():
