@@ -18,7 +18,8 @@ STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
     "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored", "not_finite",
 )  # fmt: skip
-"""Names of the statistics on the CPU. On a GPU the tensor, of the same size, holds a `LossScalars` (kernels/params.h) instead."""
+"""Names of the statistics on the CPU, in float64. On a GPU the tensor has the words of a `LossScalars` (kernels/params.h) instead, as
+many: int64, since only some of them are float64, and others would be NaN as such."""
 
 _DLOSS_DLAMBDA_POS = STATISTICS.index("dloss_dlambda_pos")
 DLOSS_DLAMBDA = slice(_DLOSS_DLAMBDA_POS, _DLOSS_DLAMBDA_POS + 2)
@@ -66,6 +67,16 @@ def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
+def _type_of_statistics(rows: Tensor) -> torch.dtype:
+    return torch.int64 if rows.is_cuda else torch.float64
+
+
+def derivatives_in(statistics: Tensor) -> Tensor:
+    """A view of dL/dlambda_pos and dL/dlambda_neg, which are float64 at the same places on the CPU and on a GPU."""
+    numbers = statistics if statistics.dtype == torch.float64 else statistics.view(torch.float64)
+    return numbers[DLOSS_DLAMBDA]
+
+
 def _empty_outputs(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> EagerOutputs:
     """Uninitialised tensors for the outputs."""
     wide, device = _wide(rows), rows.device
@@ -74,7 +85,7 @@ def _empty_outputs(rows: Tensor, references: Tensor | None, reference_gradient: 
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
         None if shape is None else torch.empty(shape, dtype=wide, device=device),
-        torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
+        torch.empty(len(STATISTICS), dtype=_type_of_statistics(rows), device=device),
     )
 
 
@@ -241,7 +252,7 @@ def loss_without_pairs(engine: Engine, call: Call, numbers: Sequence[float]) -> 
     gamma_pos, gamma_neg = _ddtas._initial_tolerances(call.mining, numbers)
     known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
     engine.last = [*(known.get(name, 0.0) for name in STATISTICS[:-2]), *count_labels(call.labels)]
-    statistics.copy_(torch.tensor(engine.last, dtype=torch.float64))
+    statistics.copy_(torch.tensor(engine.last, dtype=torch.float64).view(statistics.dtype))
     return loss, gradient, reference_grad, statistics
 
 
@@ -341,7 +352,7 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
                 result = result.to(given.dtype)
         else:
             # dL/dlambda is a scalar; the threshold may have any shape of one element.
-            derivative = statistics[_DLOSS_DLAMBDA_POS + place - 2] * upstream
+            derivative = derivatives_in(statistics)[place - 2] * upstream
             result = derivative.to(dtype=given.dtype, device=given.device).reshape(given.shape)
         gradients[place] = _OnceDifferentiable.apply(result, *inputs) if create_graph else result
     return gradients
