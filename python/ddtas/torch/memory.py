@@ -194,12 +194,13 @@ class CrossBatchMemory(nn.Module):
         with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
-            rows, queued, labels = self._prepared(embeddings, labels)
+            rows, given, queued, labels = self._prepared(embeddings, labels)
             queued_labels = labels
             if enqueue_mask is not None:
                 enqueue_mask = _checked_mask(enqueue_mask, rows)
                 queued, queued_labels = queued[enqueue_mask], labels[enqueue_mask]
                 rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
+                given = None if given is None else given[~enqueue_mask]
         own = slice(0, queued.shape[0])
         if ranks is not None:
             queued, queued_labels, own = self._of_all_ranks(ranks, queued, queued_labels, enqueue_mask is not None)
@@ -208,11 +209,11 @@ class CrossBatchMemory(nn.Module):
         identity = places[own] if enqueue_mask is None else None
         if torch.compiler.is_compiling():
             self._enqueue(places, queued, queued_labels)
-            return self._loss_against_queue(rows, labels, identity)
+            return self._loss_against_queue(rows, labels, identity, given)
         before = self.embedding_memory[places], self.label_memory[places], self.queue_idx.clone(), self._count.clone()
         try:
             self._enqueue(places, queued, queued_labels)
-            return self._loss_against_queue(rows, labels, identity)
+            return self._loss_against_queue(rows, labels, identity, given)
         except FailedAlone:
             # The other processes keep the rows.
             raise
@@ -245,13 +246,14 @@ class CrossBatchMemory(nn.Module):
         with torch.no_grad():
             with RaiseOnAllRanks(ranks):
                 _refuse_backward_pass()
-                _, rows, labels = self._prepared(embeddings, labels)
+                _, _, rows, labels = self._prepared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
-    def _prepared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows at unit length, in the wider of their type and the queue's; the same in the queue's type; and the labels."""
+    def _prepared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What `unit_rows` of the loss returns for the rows in the wider of their type and the queue's; unit rows in the queue's type;
+        and the labels."""
         check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
@@ -264,7 +266,7 @@ class CrossBatchMemory(nn.Module):
         _check_memory_type(memory_type)
         if self.embedding_memory.device != embeddings.device:
             self.to(embeddings.device)
-        rows = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
+        rows, given = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
         labels = labels.to(rows.device, torch.int64)
         queued = rows.detach().to(memory_type)
         # A bad row for which nothing is raised is ignored, and replaced in the queue, where it would spoil later losses.
@@ -274,7 +276,7 @@ class CrossBatchMemory(nn.Module):
             axis = torch.zeros_like(queued[:1])
             axis[:, 0] = 1
             queued = torch.where(good[:, None], queued, axis)
-        return rows, queued, labels
+        return rows, given, queued, labels
 
     @uncompiled
     @torch.no_grad()
@@ -291,11 +293,11 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"{count} rows do not fit a memory of {self.memory_size}")
         return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
 
-    def _loss_against_queue(self, rows: Tensor, labels: Tensor, identity: Tensor | None) -> Tensor:
+    def _loss_against_queue(self, rows: Tensor, labels: Tensor, identity: Tensor | None, given: Tensor | None) -> Tensor:
         # On the CPU `good_rows` has checked the rows already; queued rows were checked when they were queued. `rows` may have a
         # wider type than the queue, so that the gradient is not rounded to the queue's.
         return self.loss.loss_of_unit_rows(
-            rows, labels, self.embedding_memory, self.label_memory, identity, check=rows.device.type != "cpu"
+            rows, labels, self.embedding_memory, self.label_memory, identity, rows.device.type != "cpu", given
         )
 
     @torch.no_grad()

@@ -272,6 +272,53 @@ _library.impl("loss", lambda *given: _as_outputs(_on_cpu(Call(*given))), "CPU")
 _library.impl("loss", lambda *given: _as_outputs(_on_gpu(Call(*given))), "CUDA")
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _is_plain(*given: Tensor | None) -> bool:
+    """Whether torch's dispatcher may be skipped, a sixth of the overhead. It may not in a graph or a dispatch mode, nor for a
+    subclass, which may have no memory of its own."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    return not traced and _PLAIN.issuperset(map(type, given))
+
+
+# For a memory on the CPU, which queues the rows at unit length before it compares them.
+_library.define("unit_rows(Tensor rows, int engine) -> Tensor")
+_library.define("gradient_of_rows(Tensor rows, Tensor gradient, int engine) -> Tensor")
+
+
+def _place_of(rows: Tensor) -> tuple[int, int, int, int, int]:
+    return rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]
+
+
+def _unit_rows(rows: Tensor, engine: int) -> Tensor:
+    rows = laid_out(rows)
+    unit = torch.empty_like(rows)
+    if rows.numel():
+        _ddtas._normalize_at(engine_of(engine).host, _place_of(rows), unit.data_ptr())
+    return unit
+
+
+def _turn_gradient(rows: Tensor, gradient: Tensor, engine: int) -> Tensor:
+    """Turns dL/d(unit rows), float32 without gaps, in place into dL/d(rows)."""
+    rows = laid_out(rows)
+    _ddtas._normalize_backward_at(engine_of(engine).host, _place_of(rows), gradient.data_ptr())
+    return gradient
+
+
+_register_fake("ddtas::unit_rows", lambda rows, engine: torch.empty_like(rows), lib=_library)
+_register_fake("ddtas::gradient_of_rows", lambda rows, gradient, engine: torch.empty_like(gradient), lib=_library)
+_library.impl("unit_rows", _unit_rows, "CPU")
+_library.impl("gradient_of_rows", lambda rows, gradient, engine: _turn_gradient(rows, laid_out(gradient).clone(), engine), "CPU")
+
+
+def unit_rows(rows: Tensor, engine: int) -> Tensor:
+    """The rows at unit length, as the loss of float32, float16 or bfloat16 on the CPU normalises them; a constant."""
+    rows = rows.detach()
+    unit: Tensor = _unit_rows(rows, engine) if _is_plain(rows) else torch.ops.ddtas.unit_rows.default(rows, engine)
+    return unit
+
+
 _library.define("good_rows(Tensor rows) -> Tensor")
 good_rows = torch.ops.ddtas.good_rows.default
 """Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
@@ -374,8 +421,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: EagerOutputs) -> None:
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
 
 
-def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows converted to the references' type, inside the autograd function, so that the gradient keeps the rows' own type."""
+def _compared(rows: Tensor, unit: Tensor | None, references: Tensor | None) -> Tensor:
+    """The rows that are compared: in the references' type, converted inside the autograd function, so that the gradient keeps the
+    rows' own type; those of `unit` if there are any."""
+    rows = rows if unit is None else unit
     return rows if references is None else rows.to(references.dtype)
 
 
@@ -387,13 +436,15 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
+        rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, unit: Tensor | None, *given: Any
     ) -> Outputs:
         labels, reference_labels, identity, *rest = given
-        outputs: Outputs = _operator(
-            _in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
+        loss, gradient, *others = _operator(
+            _compared(rows, unit, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
-        return outputs
+        if unit is not None:
+            gradient = torch.ops.ddtas.gradient_of_rows.default(rows, gradient, rest[-1])
+        return (loss, gradient, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -406,13 +457,9 @@ class _Traced(torch.autograd.Function):
         return tuple(_backward(ctx, upstream, False))
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
 def _eagerly(call: Call) -> EagerOutputs:
-    """The operator's outputs. Plain tensors skip torch's dispatcher, a sixth of the overhead, unless a dispatch mode is active.
-    A tensor subclass goes through the dispatcher, since it may have no memory of its own."""
-    if _PLAIN.issuperset(map(type, call[:7])) and not torch._C._len_torch_dispatch_stack():
+    """The operator's outputs."""
+    if _is_plain(*call[:7]):
         if call.rows.is_cpu:
             return _on_cpu(call)
         if call.rows.is_cuda:
@@ -431,12 +478,16 @@ class _Eager(torch.autograd.Function):
         references: Tensor | None,
         lambda_pos: Tensor | None,
         lambda_neg: Tensor | None,
+        unit: Tensor | None,
         given: tuple[Any, ...],
         compute: Callable[[Call], EagerOutputs],
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
-        call = Call(_in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        compared = _compared(rows, unit, references)
+        call = Call(compared, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
         outputs = compute(call)
+        if unit is not None and ctx.needs_input_grad[0]:
+            _turn_gradient(rows, outputs[1], call.engine)
         _save(ctx, (rows, references, lambda_pos, lambda_neg), outputs)
         return outputs[0]
 
@@ -469,10 +520,12 @@ def loss_of(
     check: int,
     engine: int,
     compute: Callable[[Call], EagerOutputs] | None = None,
+    unit: Tensor | None = None,
 ) -> Tensor:
     """The loss, differentiable with respect to the first four arguments.
 
-    `engine` is an `Engine.key`. `compute` replaces the operator; calls with it are never compiled.
+    `engine` is an `Engine.key`. `compute` replaces the operator; calls with it are never compiled. `unit` are the rows by
+    `unit_rows`, which are then compared in their place.
     """
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
@@ -482,12 +535,12 @@ def loss_of(
     if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace an autograd.Function whose inputs require no gradient.
-            sides = (_in_type_of(references, rows), labels, references, reference_labels, identity)
+            sides = (_compared(rows, unit, references), labels, references, reference_labels, identity)
             loss: Tensor = _operator(*sides, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
-        outputs: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
+        outputs: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, unit, *given)
         return outputs[0]
     if torch._C._is_tracing():
         raise NotImplementedError("the loss of ddtas cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute or _eagerly)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, unit, given, compute or _eagerly)
     return loss
