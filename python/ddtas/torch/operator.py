@@ -320,8 +320,12 @@ def unit_rows(rows: Tensor, engine: int) -> Tensor:
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
-good_rows = torch.ops.ddtas.good_rows.default
-"""Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
+
+
+def good_rows(rows: Tensor) -> Tensor:
+    """Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
+    good: Tensor = _refuse_bad_rows(rows) if rows.is_cpu and _is_plain(rows) else torch.ops.ddtas.good_rows.default(rows)
+    return good
 
 
 _TOLERANCES = {dtype: _ddtas._norm_tolerance(code) for dtype, code in TYPES.items()}
@@ -332,7 +336,7 @@ def which_are_unit(rows: Tensor, tolerance: float | None = None) -> Tensor:
     if tolerance is None:
         tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
+    distance: Tensor = torch.linalg.vector_norm(wide, dim=1).sub_(1).abs_()
     return distance <= tolerance
 
 
