@@ -26,17 +26,32 @@ def batch(count=40, seed=0, dtype=torch.float32):
     return torch.tensor(3 * rows, dtype=dtype), torch.tensor(labels)
 
 
+def type_of(device):
+    return "cuda" if device == "cuda" else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
 
 
-on_device = {"cpu": nullcontext, "emulated": emulated_gpu}
+def marked(name, there, reason):
+    return pytest.param(name, marks=pytest.mark.skipif(not there, reason=reason))
 
 
-@pytest.fixture(params=["cpu", pytest.param("emulated", marks=pytest.mark.skipif(not built, reason="this build has no emulated device"))])
+on_device = {"cpu": nullcontext, "emulated": emulated_gpu, "cuda": lambda: torch.device("cuda")}
+has_gpu = ddtas.has_cuda and torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        marked("emulated", built, "this build has no emulated device"),
+        marked("cuda", has_gpu, "there is no GPU, or this build serves the CPU only"),
+    ]
+)
 def device(request):
-    """For tests of both ways that rows take: on the CPU, and as on a GPU."""
+    """Where a test runs; new tensors and modules are there."""
     with on_device[request.param]():
         yield request.param
 
@@ -54,7 +69,7 @@ def arguments(dtype, references, normalized):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("references", [False, True], ids=["square", "rectangular"])
 def test_the_operator_passes_opcheck(dtype, references, device):
-    if device == "emulated" and dtype == torch.float64:
+    if device != "cpu" and dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
     for normalized in (False, True):
         given = arguments(dtype, references, normalized)
@@ -137,6 +152,9 @@ def test_fifty_steps_of_a_memory_compile_once(dtype, device):
     assert torch.equal(memory.embedding_memory, eager.embedding_memory) and memory.filled == 100
     before, bad = memory.embedding_memory.clone(), rows.detach().clone()
     bad[3] = torch.nan
+    if device == "cuda":
+        assert compiled(bad.requires_grad_(), labels).isnan() and memory.embedding_memory.isfinite().all()
+        return
     with pytest.raises(ValueError, match="row 3 of the embeddings"):
         compiled(bad.requires_grad_(), labels)
     assert torch.equal(memory.embedding_memory, before)
@@ -240,16 +258,17 @@ def test_mixed_precision_and_a_gradient_scaler_train(compiled, device):
     network = Network()
     step = torch.compile(network, fullgraph=True, backend="aot_eager") if compiled else network
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(type_of(device), init_scale=2.0**10)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(type_of(device), dtype=torch.bfloat16):
             loss = step(*batch(60))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         losses.append(loss.item())
+        assert scaler.get_scale() == 2.0**10, "no step is left out"
     assert loss.dtype == torch.float32 and losses[-1] < 0.8 * losses[0]
 
 
@@ -270,9 +289,10 @@ def test_engines_go_with_their_modules():
 
 def test_other_tensors_of_the_process_default_do_not_matter():
     rows, labels = batch()
-    want = SoftContrastiveLoss()(rows, labels)
+    modules = SoftContrastiveLoss(), CrossBatchMemory(SoftContrastiveLoss(), DIM, 100)
+    want = [copy.deepcopy(module)(rows, labels) for module in modules]
     with torch.device("meta"):
-        assert SoftContrastiveLoss()(rows, labels) == want
+        assert [module(rows, labels) for module in modules] == want
     assert ddtas.__version__
 
 

@@ -43,7 +43,7 @@ Places = Union[slice, Tensor]
 
 
 def _indices(places: Places) -> Tensor:
-    return torch.arange(places.start, places.stop) if isinstance(places, slice) else places
+    return torch.arange(places.start, places.stop, device="cpu") if isinstance(places, slice) else places
 
 
 def _rows_at(buffer: Tensor, places: Places) -> Tensor:

@@ -35,7 +35,10 @@ _library: Any = getattr(torch.library, "Library")("ddtas", "DEF")
 _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
     " Tensor? lambda_pos, Tensor? lambda_neg, str mining, float[] numbers, bool normalize, bool reference_gradient,"
-    " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)"
+    " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)",
+    # An engine keeps the statistics after the call, which torch refuses of memory that belongs to a graph of its own
+    # (mode="reduce-overhead"): it runs the loss between two graphs. Captures of the caller's are not affected.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 _operator = torch.ops.ddtas.loss.default
 
