@@ -93,9 +93,13 @@ def test_a_dispatch_mode_sees_the_operator():
             return operator(*args, **(kwargs or {}))
 
     rows, labels = (torch.tensor(side) for side in unit_rows(20, 8, seed=1, classes=4))
-    with Mode():
-        seen_loss = SoftContrastiveLoss()(rows.float(), labels)
-    assert "ddtas.loss.default" in seen and seen_loss == SoftContrastiveLoss()(rows.float(), labels)
+    rows = rows.float().requires_grad_()
+    for module in (SoftContrastiveLoss(), CrossBatchMemory(SoftContrastiveLoss(), 8, 50)):
+        want = copy.deepcopy(module)(rows, labels)
+        with Mode():
+            assert module(rows, labels) == want
+    for name in ("loss", "unit_rows", "gradient_of_rows", "good_rows"):
+        assert f"ddtas.{name}.default" in seen
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -279,8 +279,8 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def _is_plain(*given: Tensor | None) -> bool:
-    """Whether torch's dispatcher may be skipped, a sixth of the overhead. It may not in a graph or a dispatch mode, nor for a
-    subclass, which may have no memory of its own."""
+    """Whether torch's dispatcher may be skipped for tensors of a known device, a sixth of the overhead. It may not in a graph or a
+    dispatch mode, nor for a subclass, which may have no memory of its own."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
     return not traced and _PLAIN.issuperset(map(type, given))
 
@@ -318,8 +318,16 @@ _library.impl("gradient_of_rows", lambda rows, gradient, engine: _turn_gradient(
 def unit_rows(rows: Tensor, engine: int) -> Tensor:
     """The rows at unit length, as the loss of float32, float16 or bfloat16 on the CPU normalises them; a constant."""
     rows = rows.detach()
-    unit: Tensor = _unit_rows(rows, engine) if _is_plain(rows) else torch.ops.ddtas.unit_rows.default(rows, engine)
+    direct = rows.is_cpu and _is_plain(rows)
+    unit: Tensor = _unit_rows(rows, engine) if direct else torch.ops.ddtas.unit_rows.default(rows, engine)
     return unit
+
+
+def gradient_of_rows(rows: Tensor, gradient: Tensor, engine: int) -> Tensor:
+    """dL/d(rows) from dL/d(unit rows), which it may overwrite."""
+    direct = rows.is_cpu and _is_plain(rows, gradient)
+    turned: Tensor = (_turn_gradient if direct else torch.ops.ddtas.gradient_of_rows.default)(rows, gradient, engine)
+    return turned
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
@@ -450,7 +458,7 @@ class _Traced(torch.autograd.Function):
             _compared(rows, unit, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
         if unit is not None:
-            gradient = torch.ops.ddtas.gradient_of_rows.default(rows, gradient, rest[-1])
+            gradient = gradient_of_rows(rows, gradient, rest[-1])
         return (loss, gradient, *others)
 
     @staticmethod
@@ -494,7 +502,8 @@ class _Eager(torch.autograd.Function):
         call = Call(compared, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
         outputs = compute(call)
         if unit is not None and ctx.needs_input_grad[0]:
-            _turn_gradient(rows, outputs[1], call.engine)
+            loss, gradient, reference_grad, statistics = outputs
+            outputs = loss, gradient_of_rows(rows, gradient, call.engine), reference_grad, statistics
         _save(ctx, (rows, references, lambda_pos, lambda_neg), outputs)
         return outputs[0]
 
