@@ -28,7 +28,7 @@ python() {
     cp -r python/ddtas "$place/emulated"
     cp target/python-build/release/lib_ddtas.so "$place/emulated/ddtas/_ddtas.abi3.so"
     export PYTHONPATH=$place/emulated
-    "$python" -m pytest -q python/tests/{many_group,test_emulated}.py
+    "$python" -m pytest -q python/tests/{many_group,test_emulated,test_operator}.py -k "many_group or emulated"
     cargo build --release --quiet --bin make-fixture --bin ddtas-train
     local root
     root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")

@@ -10,7 +10,9 @@ source .ci/environment.sh
 export CARGO_TARGET_DIR=$PWD/target/python-build TQDM_DISABLE=1
 
 install pytest mypy numpy ml_dtypes
-install --force-reinstall --no-deps .
+rm -rf target/wheels
+"$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir target/wheels .
+install --force-reinstall --no-deps target/wheels/*.whl
 echo "installed (${SECONDS}s)"
 
 # A torch from an earlier run is kept if it can still be imported.
@@ -24,7 +26,14 @@ fi
 "$python" -m pytest -q
 "$python" examples/python/reference_blocks.py
 if has torch; then "$python" examples/python/chunked_batch.py; fi
-echo "tested (${SECONDS}s)"
+# The same wheel in the oldest Python at hand, with the newest NumPy for it.
+for oldest in python3.10 ~/.pyenv/versions/3.10.*/bin/python3.10 python3.11 python3; do
+    "$oldest" -c "" 2>/dev/null && break
+done
+"$oldest" -m venv --clear --without-pip target/python-oldest
+PIP_CONSTRAINT= "$python" -m pip --python target/python-oldest/bin/python install --quiet --disable-pip-version-check target/wheels/*.whl
+target/python-oldest/bin/python examples/python/reference_blocks.py
+echo "tested (${SECONDS}s), the wheel also in $("$oldest" --version)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings

@@ -11,7 +11,7 @@
 #    float64, counts against the kernels for other GPUs than Hopper, and budget 0 bit for bit. A wrong shape is not timed.
 #    Where there is ncu, the times of the kernels: kernels.csv. table.md ends with every aim of docs/kernels.md: met, NOT met
 #    or not measured in this run.
-# 4. the PyTorch module on tensors in GPU memory: its tests (python/tests/test_gpu.py), a comparison with dense torch
+# 4. the PyTorch module on tensors in GPU memory: its tests (python/tests/test_{gpu,operator}.py), a comparison with dense torch
 #    in float64, and times: python.json
 #
 #     --quick          4 minutes at most: the shapes that have aims at 512 dimensions, that is 16,384 rows at middle, 0.004 and
@@ -264,7 +264,7 @@ if ! skipped python; then
         if python3 -c 'import pytest' 2>/dev/null; then
             # If a test hangs, it is the last one in this file.
             attempt "tests of the module, $out/python_tests.txt" \
-                python3 -m pytest -v -rs -p no:cacheprovider python/tests/test_gpu.py >"$out/python_tests.txt" 2>&1 || true
+                python3 -m pytest -v -rs -p no:cacheprovider python/tests/test_{gpu,operator}.py -k "not cpu and not emulated" >"$out/python_tests.txt" 2>&1 || true
             # Pytest's last line counts passed and skipped tests.
             echo "tests of the module: $(tail -n 1 "$out/python_tests.txt")" | tee -a "$out/README.md"
         else

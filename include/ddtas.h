@@ -284,6 +284,12 @@ typedef struct ddtas_settings {
      * Loss threshold of the negative term, a cosine similarity: -2 to 2, paper 0.7.
      */
     double lambda_neg;
+    /**
+     * 1: rows may have any length but 0. They are normalised, and gradients are with respect to the rows as
+     * given; no ddtas_threshold_gradient can follow. For ddtas_enqueue_loss, and ddtas_loss of host rows. 0:
+     * rows have unit length.
+     */
+    uint64_t normalize;
 } ddtas_settings;
 
 /**
@@ -295,7 +301,8 @@ typedef struct ddtas_rows {
      */
     size_t struct_size;
     /**
-     * `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm.
+     * `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm unless
+     * ddtas_settings.normalize is 1.
      */
     const void *embeddings;
     /**

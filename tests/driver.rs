@@ -232,34 +232,51 @@ fn kernels_overlap_their_starts_where_the_gpu_can() {
     assert_eq!(fake.get("fake_failures"), 0);
 }
 
+/// A loss of `count` rows as `ddtas.torch` issues it on torch's current stream.
+fn issue(backend: &mut CudaBackend, stream: *mut c_void, count: usize) -> ddtas::Result<()> {
+    let (e, labels) = rows();
+    let mut list = vec![0u64; 400];
+    let address = list.as_mut_ptr() as u64;
+    let (embeddings, labels) = (e.as_ptr() as u64, labels.as_ptr() as u64);
+    let anchors = ResidentRows { count, embeddings, labels, gradient: address };
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
+    let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, normalize: false };
+    let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let output = ResidentOutput { scalars: address, loss: 0 };
+    unsafe { backend.device_mut().follow(stream) }.unwrap();
+    let issued = unsafe { backend.enqueue_loss(&part, &settings, output) };
+    backend.device_mut().mark().unwrap();
+    issued
+}
+
+#[test]
+fn a_device_outlives_the_streams_that_it_has_followed() {
+    let fake = Fake::load();
+    let streams: [*mut c_void; 2] = [0x10, 0x20].map(std::ptr::without_provenance_mut);
+    let device = unsafe { CudaDevice::on_stream(0, streams[0]) }.unwrap();
+    let mut backend = CudaBackend::new(device, Options::default());
+    issue(&mut backend, streams[0], 100).unwrap();
+    fake.set_pointer("fake_destroyed", streams[0]);
+    let (asked, waits) = (fake.get("fake_asked"), fake.get("fake_waits"));
+    issue(&mut backend, streams[1], 200).unwrap();
+    assert!(fake.get("fake_asked") > asked, "more rows need new memory, and the old is freed");
+    assert_eq!(fake.get("fake_waits"), waits + 1, "for what was issued on the dead stream");
+    fake.set_pointer("fake_destroyed", streams[1]);
+    drop(backend);
+    assert_eq!(fake.get("fake_failures"), 0);
+    assert!(unsafe { Gpu::new(0).unwrap().capture(streams[1]) }.is_err(), "the driver refuses a dead stream");
+    fake.set("fake_failures", 0);
+    fake.set_pointer("fake_destroyed", null_mut());
+}
+
 #[test]
 fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
     let fake = Fake::load();
     let streams: [*mut c_void; 4] = [0x10, 0x20, 0x30, 0x40].map(std::ptr::without_provenance_mut);
     let device = unsafe { CudaDevice::on_stream(0, streams[0]) }.unwrap();
     let mut backend = CudaBackend::new(device, Options::default());
-    let (e, labels) = rows();
-    let mut list = vec![0u64; 400];
-    let address = list.as_mut_ptr() as u64;
-    let part = |count| {
-        let anchors = ResidentRows {
-            count,
-            embeddings: e.as_ptr() as u64,
-            labels: labels.as_ptr() as u64,
-            gradient: address,
-        };
-        let (dtype, check) = (ElementType::F32, UnitCheck::Check);
-        let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
-        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, normalize: false }
-    };
-    let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let output = ResidentOutput { scalars: address, loss: 0 };
-    let mut run = |stream, count| {
-        unsafe { backend.device_mut().follow(stream) }.unwrap();
-        let issued = unsafe { backend.enqueue_loss(&part(count), &settings, output) };
-        backend.device_mut().mark().unwrap();
-        issued
-    };
+    let mut run = |stream, count| issue(&mut backend, stream, count);
     let waits = || fake.get("fake_waits");
     run(streams[0], 150).unwrap();
     run(streams[0], 150).unwrap();

@@ -28,6 +28,18 @@ class PerClass(NamedTuple):
     map_at_r: Figures
     """Mean average precision at R."""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all figures are the same. Tuples of arrays cannot be compared otherwise."""
+        if not isinstance(other, PerClass) or list(self.recall) != list(other.recall):
+            return False
+        return all(np.array_equal(mine, its) for mine, its in zip(self._arrays(), other._arrays()))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _arrays(self) -> list[npt.NDArray[np.generic]]:
+        return [self.labels, self.queries, self.r_precision, self.map_at_r, *self.recall.values()]
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:

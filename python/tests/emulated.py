@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import torch
 from ddtas import _ddtas
 from ddtas.torch import operator, parts
 from ddtas.torch.engine import Engine
@@ -36,7 +37,7 @@ def emulated_gpu(steps_from=0):
 
     with (
         patched(Engine, on_gpu=on_gpu, uses_gpu=lambda engine, rows: True),
-        patched(operator, _on_cpu=operator._on_gpu),
+        patched(operator, _on_cpu=operator._on_gpu, _type_of_statistics=lambda rows: torch.int64),
         patched(parts, steps_for=lambda _: GpuSteps, STEPS_FROM=steps_from, whole_loss=whole_loss),
     ):
         yield

@@ -402,7 +402,9 @@ def memories_on_gpus_are_the_processor_s(world):
         close(found[1][0], found[0][0], 1e-5)
         if found[0][1].numel():
             close(found[1][1], found[0][1], 1e-5)
-    assert torch.equal(memories[0].embedding_memory, memories[1].embedding_memory)
+    # The rows are normalised by other code, which differs in the last bits.
+    close(memories[1].embedding_memory, memories[0].embedding_memory, 1e-6)
+    assert torch.equal(memories[1].label_memory, memories[0].label_memory) and memories[0].filled == 70
 
 
 def an_error_on_one_gpu_makes_the_others_losses_nan(world):

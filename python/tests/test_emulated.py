@@ -1,6 +1,5 @@
 """The way of rows on a GPU, by the kernels on the emulated device; skipped in a package built without the feature `emulated`."""
 
-import ddtas
 import pytest
 from formula import close, unit_rows
 
@@ -11,6 +10,7 @@ from contextlib import nullcontext  # noqa: E402
 from ddtas import _ddtas  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator  # noqa: E402
 from ddtas.torch import recall_at_k, threshold_gradient  # noqa: E402
+from device_cases import compiled_steps_are_those_of_eager, same_searches, searches  # noqa: E402
 from emulated import built, emulated_gpu  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not built, reason="this build has no emulated device")
@@ -138,15 +138,16 @@ def test_arguments_of_another_shape_type_or_place_are_refused():
                 recall_at_k(*given)
 
 
-def test_a_search_in_blocks_gives_the_processor_s_metrics():
-    rows, labels = unit_rows(60, DIM, 2)
-    rows = rows.astype("float32")
-    metrics = [
-        context.query_metrics(*place, rows, labels, None, None, None, [1, 4])
-        for context, place in ((ddtas.Context(), ()), (_ddtas.CudaContext(), ((0, 0),)))
-    ]
-    for mine, want in zip(*metrics):
-        assert str(mine) == str(want)
+def test_every_form_of_a_search_gives_the_processor_s_metrics():
+    wanted = searches()
+    with emulated_gpu():
+        same_searches(searches(), wanted)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_steps_are_those_of_eager(mode):
+    with emulated_gpu():
+        compiled_steps_are_those_of_eager(mode=mode)
 
 
 def test_a_part_of_another_shape_or_out_of_order_is_refused():

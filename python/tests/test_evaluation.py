@@ -69,6 +69,20 @@ def test_nmi_is_that_of_clusters_that_are_the_classes():
         ddtas.evaluate(rows.astype(np.float16), labels, nmi=True)
 
 
+def test_nmi_is_mutual_information_over_the_mean_entropy():
+    # Two points apart, which k-means finds: clusters of 6 and 4 rows. Class 0 has 4 rows in the first and 1 in the second.
+    rows = np.repeat(np.eye(2, dtype=np.float32), (6, 4), axis=0)
+    counts = np.array([[4, 1], [2, 3]])
+    labels = np.array([0] * 4 + [1] * 2 + [0] + [1] * 3)
+    p = counts / 10
+    entropy = lambda q: -(q * np.log(q)).sum()  # noqa: E731
+    classes, clusters = p.sum(1), p.sum(0)
+    want = (entropy(classes) + entropy(clusters) - entropy(p)) / ((entropy(classes) + entropy(clusters)) / 2)
+    assert 0.05 < want < 0.95
+    for seed in range(3):
+        assert ddtas.evaluate(rows, labels, nmi=True, seed=seed).nmi == pytest.approx(want)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_nmi_of_tensors_takes_every_type(dtype):
     torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
@@ -123,6 +137,19 @@ def test_ignored_rows_alone_have_nothing_to_tell_apart():
 def test_an_evaluation_is_printed_without_the_figures_of_every_class():
     found = ddtas.evaluate(*drawn(40, 1))
     assert "map_at_r=" in repr(found) and "per_class" not in repr(found)
+
+
+def test_evaluations_of_the_same_figures_are_equal():
+    rows, labels = drawn(60, 1)
+    found = ddtas.evaluate(rows, labels)
+    assert found == ddtas.evaluate(rows, labels) and not found != ddtas.evaluate(rows, labels)
+    assert found.per_class == ddtas.evaluate(rows, labels).per_class
+    # Another name of one class changes nothing but `per_class`.
+    renamed = ddtas.evaluate(rows, np.where(labels == labels.max(), 99, labels))
+    assert renamed.map_at_r == found.map_at_r and renamed.recall == found.recall
+    for other in (renamed, ddtas.evaluate(rows, labels, ks=[1]), ddtas.evaluate(*drawn(60, 2))):
+        assert found != other and found.per_class != other.per_class and not found.per_class == other.per_class
+    assert found.per_class != tuple(found.per_class) and found != None  # noqa: E711
 
 
 def test_labels_may_come_by_dlpack():

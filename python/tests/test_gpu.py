@@ -1,5 +1,9 @@
 """`ddtas.torch` on a GPU; every test is skipped, and counted, without one or in a build for the CPU."""
 
+import copy
+import ctypes
+import gc
+
 import ddtas
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 from types import SimpleNamespace  # noqa: E402
 
 from ddtas import Settings  # noqa: E402
-from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate, threshold_gradient  # noqa: E402
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, threshold_gradient  # noqa: E402
 from ddtas.torch.engine import Engine  # noqa: E402
 from ddtas.torch.operator import Call  # noqa: E402
 from ddtas.torch.steps import GpuSteps, OwnReferences, PartOfBatch  # noqa: E402
+from device_cases import compiled_steps_are_those_of_eager, same_searches, searches  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not ddtas.has_cuda, reason="this build serves the CPU only"),
@@ -109,6 +114,54 @@ def test_a_captured_step_replays_the_bits_of_eager():
         assert torch.equal(captured[0], want[0]) and torch.equal(captured[1], want[1])
 
 
+def test_a_captured_memory_replays_the_bits_of_eager():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), 64, 300).cuda()
+    eager, (rows, labels) = copy.deepcopy(memory), batch()
+    given = rows.clone().requires_grad_()
+
+    def step(memory):
+        value = memory(given, labels)
+        return value, torch.autograd.grad(value, given)[0]
+
+    assert torch.equal(step(memory)[0], step(eager)[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(memory)
+    # Nothing was queued by the capture itself. The replays wrap around the queue's end.
+    assert memory.filled == 200
+    for seed in range(4):
+        with torch.no_grad():
+            given.copy_(batch(seed=seed)[0])
+        want = step(eager)
+        graph.replay()
+        assert torch.equal(captured[0], want[0]) and torch.equal(captured[1], want[1]) and want[0] > 0
+        for name in ("embedding_memory", "label_memory", "queue_idx"):
+            assert torch.equal(getattr(memory, name), getattr(eager, name))
+    assert memory.filled == 300
+
+
+def test_a_stream_that_its_owner_destroys_is_survived():
+    loss, cudart = SoftContrastiveLoss(), torch.cuda.cudart()
+    # With more rows than before the workspace grows.
+    for count in (200, 100, 800):
+        rows, labels = batch(count)
+        want = SoftContrastiveLoss()(rows, labels).item()
+        made = ctypes.c_void_p()
+        torch.cuda.check_error(int(cudart.cudaStreamCreate(ctypes.addressof(made))))
+        stream = torch.cuda.ExternalStream(made.value)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            value = loss(rows, labels)
+        stream.synchronize()
+        assert value.item() == want and loss.statistics["active"] > 0
+        del stream
+        torch.cuda.check_error(int(cudart.cudaStreamDestroy(made.value)))
+        assert loss(rows, labels).item() == want
+    del loss
+    gc.collect()
+    torch.cuda.synchronize()
+
+
 def test_a_stream_may_die_and_the_current_device_stays():
     loss = SoftContrastiveLoss()
     rows, labels = batch()
@@ -167,21 +220,19 @@ def test_steps_of_two_parts_give_the_loss_of_the_whole(references):
         close(torch.cat([part.reference_gradient for part in parts]).cpu(), others.grad.cpu(), 2e-5)
 
 
-def test_a_step_and_a_memory_compile_in_one_graph():
-    loss, memory = SoftContrastiveLoss(), CrossBatchMemory(SoftContrastiveLoss(), 64, 300).cuda()
-    rows, labels = batch()
-    for module in (loss, memory):
-        compiled = torch.compile(module, fullgraph=True)
-        for _ in range(3):
-            compiled(rows.requires_grad_(), labels).backward()
-    assert memory.filled == 300
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_steps_are_those_of_eager(mode):
+    with torch.device("cuda"):
+        compiled_steps_are_those_of_eager(mode=mode)
 
 
-def test_searches_and_threshold_gradients_are_the_processor_s():
+def test_every_form_of_a_search_gives_the_processor_s_metrics():
+    same_searches(searches(lambda given: given.cuda()), searches())
+
+
+def test_threshold_gradients_are_the_processor_s():
     rows, labels = batch(length := 200)
     rows = torch.nn.functional.normalize(rows, dim=1)
-    mine, want = evaluate(rows, labels), evaluate(rows.cpu(), labels.cpu())
-    assert mine.recall == pytest.approx(want.recall) and mine.map_at_r == pytest.approx(want.map_at_r, abs=1e-6)
     tangent = torch.randn(length, 64, device="cuda")
     got = threshold_gradient(rows, labels, tangent)
     np.testing.assert_allclose(got, threshold_gradient(rows.cpu(), labels.cpu(), tangent.cpu()), rtol=1e-3)

@@ -99,6 +99,13 @@ def test_no_address_is_read_that_is_not_the_tensor_s_own():
         given[place].untyped_storage().resize_(0)
         with pytest.raises(ValueError, match="has no memory"):
             loss(given[0], given[1], None, *given[2:])
+    memory, again = (CrossBatchMemory(SoftContrastiveLoss(), DIM, 200) for _ in range(2))
+    assert memory(Wrapped(ROWS), LABELS) == again(ROWS, LABELS) > 0
+    assert torch.equal(memory.embedding_memory, again.embedding_memory)
+    gone = ROWS.clone()
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        memory(gone, LABELS)
 
 
 def test_a_view_whose_sign_is_pending_is_read_with_it():

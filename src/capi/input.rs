@@ -93,7 +93,7 @@ pub fn choose<T: Copy>(name: &str, value: i32, variants: &[T]) -> Outcome<T> {
 ///
 /// # Safety
 /// As [`read`], or NULL.
-pub unsafe fn settings(pointer: *const Settings) -> Outcome<(LossSettings, UnitCheck)> {
+pub unsafe fn settings(pointer: *const Settings) -> Outcome<(LossSettings, UnitCheck, bool)> {
     // SAFETY: handed on to the caller.
     let given = if pointer.is_null() { Settings::initial() } else { unsafe { read(pointer) }? };
     let modes = [MiningMode::AtAsms, MiningMode::Asms, MiningMode::Symmetric, MiningMode::None];
@@ -118,7 +118,11 @@ pub unsafe fn settings(pointer: *const Settings) -> Outcome<(LossSettings, UnitC
         lambda_pos: given.lambda_pos,
         lambda_neg: given.lambda_neg,
     };
-    Ok((settings, check))
+    if given.normalize > 1 {
+        let message = format!("normalize = {} is out of range: 0 or 1", given.normalize);
+        return Err(Failure::new(Status::InvalidValue, message));
+    }
+    Ok((settings, check, given.normalize == 1))
 }
 
 /// The size and stride of a matrix that fits the address space.

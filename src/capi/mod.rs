@@ -211,7 +211,7 @@ pub unsafe extern "C" fn ddtas_loss(
 ) -> Status {
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
-        let (settings, check) = unsafe { input::settings(settings) }?;
+        let (settings, check, normalize) = unsafe { input::settings(settings) }?;
         // SAFETY: as above.
         let anchors = unsafe { CheckedRows::read("anchors", anchors, Role::Labelled) }?;
         // SAFETY: as above.
@@ -221,6 +221,11 @@ pub unsafe extern "C" fn ddtas_loss(
 
         let (pool, engine, buffers) = state.parts();
         if anchors.memory == Memory::Device {
+            if normalize {
+                let message =
+                    "ddtas_loss normalises host rows alone: ddtas_enqueue_loss those in device memory";
+                return Err(Failure::new(Status::InvalidValue, message));
+            }
             let gradients = target.gradients();
             let batch = DeviceBatch { gradients, check, ..DeviceBatch::new(anchors, references) };
             // SAFETY: handed on to the caller.
@@ -231,7 +236,10 @@ pub unsafe extern "C" fn ddtas_loss(
             let reference_gradient = target.wants_reference_gradient();
             let batch = Batch { reference_gradient, check, ..batch };
             let output = &mut *buffers.output;
-            State::compute(pool, engine, |backend| backend.loss(&batch, &settings, output))?;
+            State::compute(pool, engine, |backend| match normalize {
+                true => backend.normalized_loss(&batch, &settings, output),
+                false => backend.loss(&batch, &settings, output),
+            })?;
         }
         *buffers.total = None;
         let mined = buffers.output.mined();
@@ -269,7 +277,7 @@ pub unsafe extern "C" fn ddtas_enqueue_loss(
 ) -> Status {
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
-        let (settings, check) = unsafe { input::settings(settings) }?;
+        let (settings, check, normalize) = unsafe { input::settings(settings) }?;
         // SAFETY: as above.
         let anchors = unsafe { CheckedRows::read("anchors", anchors, Role::Labelled) }?;
         // SAFETY: as above.
@@ -293,7 +301,7 @@ pub unsafe extern "C" fn ddtas_enqueue_loss(
         let batch = DeviceBatch { gradients, check, ..DeviceBatch::new(anchors, references) };
         *buffers.total = None;
         // SAFETY: handed on to the caller.
-        unsafe { engine.device_enqueue(&batch, &settings, lambda, scalars) }
+        unsafe { engine.device_enqueue(&batch, &settings, normalize, lambda, scalars) }
     };
     // SAFETY: handed on to the caller.
     unsafe { enter(context, work) }

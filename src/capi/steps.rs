@@ -139,7 +139,11 @@ unsafe fn run(
         let found = match step {
             Call::SameClass(settings) => {
                 // SAFETY: as above.
-                let (settings, check) = unsafe { input::settings(settings) }?;
+                let (settings, check, normalize) = unsafe { input::settings(settings) }?;
+                if normalize {
+                    let message = "the steps of a part take rows of unit length: set normalize to 0";
+                    return Err(Failure::new(Status::InvalidValue, message));
+                }
                 batch.check = check;
                 State::compute(pool, engine, |backend| backend.same_class(&batch, &settings, output))?;
                 Filled::SameClass

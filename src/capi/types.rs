@@ -189,6 +189,10 @@ pub struct Settings {
     pub lambda_pos: f64,
     /// Loss threshold of the negative term, a cosine similarity: -2 to 2, paper 0.7.
     pub lambda_neg: f64,
+    /// 1: rows may have any length but 0. They are normalised, and gradients are with respect to the rows as
+    /// given; no ddtas_threshold_gradient can follow. For ddtas_enqueue_loss, and ddtas_loss of host rows. 0:
+    /// rows have unit length.
+    pub normalize: u64,
 }
 
 /// Embeddings with their labels. The library reads them during a call and keeps no pointer.
@@ -197,7 +201,8 @@ pub struct Settings {
 pub struct Rows {
     /// sizeof(ddtas_rows).
     pub struct_size: usize,
-    /// `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm.
+    /// `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm unless
+    /// ddtas_settings.normalize is 1.
     pub embeddings: *const c_void,
     /// `count` labels. A row with a negative label takes part in no pair; a loss checks it all the same: fill
     /// it with a unit vector, any one, rather than zeros.
@@ -355,6 +360,7 @@ unsafe impl Versioned for Settings {
             beta: paper.beta,
             lambda_pos: paper.lambda_pos,
             lambda_neg: paper.lambda_neg,
+            normalize: 0,
         }
     }
 }

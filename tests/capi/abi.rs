@@ -42,7 +42,7 @@ pub(crate) struct Answer {
     count_pos: Vec<u32>,
     count_neg: Vec<u32>,
     pub(crate) gradient: Array2<f32>,
-    reference_gradient: Option<Array2<f32>>,
+    pub(crate) reference_gradient: Option<Array2<f32>>,
     pub(crate) result: LossResult,
 }
 
@@ -165,7 +165,7 @@ impl Abi {
     }
 
     /// The references, with the identity that says which of them are anchors.
-    fn lay_references(&self, batch: &Batch<'_>) -> Option<Laid> {
+    pub(crate) fn lay_references(&self, batch: &Batch<'_>) -> Option<Laid> {
         let mut laid = self.lay(batch.references.as_ref()?);
         match batch.identity {
             loss::Identity::ByValue => {}
@@ -280,6 +280,7 @@ pub(crate) fn settings_of(settings: &LossSettings, check: UnitCheck) -> Settings
         beta: settings.beta,
         lambda_pos: settings.lambda_pos,
         lambda_neg: settings.lambda_neg,
+        normalize: 0,
     }
 }
 

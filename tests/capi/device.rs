@@ -2,11 +2,14 @@
 
 use std::ptr::{null, null_mut};
 
+use ddtas::backend::Backend;
+use ddtas::backend::cpu::CpuBackend;
 use ddtas::capi::*;
-use ddtas::loss::UnitCheck;
+use ddtas::loss::{self, Batch, LossOutput, LossSettings, UnitCheck};
 use ddtas_cases as cases;
 
 use super::abi::{Abi, Target, empty_result, settings_of};
+use super::random_batch;
 
 #[test]
 fn rows_in_device_memory_agree_in_every_type_and_form() {
@@ -72,6 +75,57 @@ fn a_loss_that_is_issued_writes_what_the_loss_answers() {
         ddtas_enqueue_loss(abi.handle.0, null(), anchors, null(), to.0, null_mut(), null(), to.1)
     };
     assert!(abi.check(status).unwrap_err().to_string().contains("takes rows in device memory"));
+}
+
+#[test]
+fn rows_of_any_length_are_normalised_on_request() {
+    let [(anchors, labels), (references, reference_labels)] = [71, 72].map(|seed| {
+        let (mut rows, labels) = random_batch(seed);
+        rows.outer_iter_mut().enumerate().for_each(|(i, mut row)| row *= 0.5 + i as f32);
+        (rows, labels)
+    });
+    let references = loss::Rows::new(references.view(), &reference_labels);
+    let anchors = loss::Rows::new(anchors.view(), &labels);
+    let batch = Batch::rectangular(anchors, references).with_reference_gradient();
+    let (paper, mut want) = (LossSettings::default(), LossOutput::default());
+    CpuBackend::new().normalized_loss(&batch, &paper, &mut want).unwrap();
+    let turned = want.reference_gradient.as_ref().unwrap();
+    let settings = Settings { normalize: 1, ..settings_of(&paper, UnitCheck::Check) };
+    let host = Abi::open("cpu", 1, 3, Memory::Host);
+    let loss_of = |abi: &Abi, settings: Settings| {
+        abi.evaluate(&batch, |anchors, references, result| unsafe {
+            ddtas_loss(abi.handle.0, &raw const settings, anchors, references, result)
+        })
+    };
+    let got = loss_of(&host, settings).unwrap();
+    assert_eq!((&got.gradient, got.reference_gradient.as_ref()), (&want.gradient, Some(turned)));
+    let device = Abi::open("emulated", 0, 0, Memory::Device);
+    let (anchors, references) = (device.lay(&batch.anchors), device.lay_references(&batch).unwrap());
+    let mut gradients = [want.gradient.dim(), turned.dim()].map(|shape| Target::new(shape, 0));
+    let mut scalars: LossScalars = unsafe { std::mem::zeroed() };
+    let status = unsafe {
+        let [own, other] = &mut gradients;
+        let (sides, lambda) = ((&raw const anchors.rows, &raw const references.rows), null());
+        let (own, other, to) = (own.pointer(), other.pointer(), &raw mut scalars);
+        ddtas_enqueue_loss(device.handle.0, &raw const settings, sides.0, sides.1, own, other, lambda, to)
+    };
+    device.check(status).unwrap();
+    assert!((scalars.loss - want.loss).abs() < 1e-5 * want.loss && want.loss > 0.0);
+    assert_eq!((scalars.active, scalars.total_neg), (want.active, want.total_neg));
+    for (found, want) in gradients.iter().zip([&want.gradient, turned]) {
+        let largest = want.fold(0f32, |most, x| most.max(x.abs()));
+        assert!((&found.read() - want).iter().all(|x| x.abs() < 2e-5 * largest));
+    }
+    let refused = |abi: &Abi, settings| loss_of(abi, settings).map(drop).unwrap_err().to_string();
+    assert!(refused(&device, settings).contains("ddtas_enqueue_loss those in device memory"));
+    assert!(refused(&host, Settings { normalize: 2, ..settings }).contains("normalize = 2 is out of range"));
+    let part = Part { struct_size: size_of::<Part>(), total: 120, ..unsafe { std::mem::zeroed() } };
+    let of_part = Batch { reference_gradient: false, ..batch };
+    let step = host.evaluate(&of_part, |anchors, references, result| unsafe {
+        ddtas_same_class(host.handle.0, &raw const settings, anchors, references, &raw const part, result)
+    });
+    let message = step.map(drop).unwrap_err().to_string();
+    assert!(message.contains("set normalize to 0"), "{message}");
 }
 
 #[test]

@@ -186,8 +186,12 @@ fn a_program_with_the_first_header_goes_on_working() {
     (laid.identity, laid.identity_first, laid.identity_list) = (-1, 99, std::ptr::without_provenance(1));
     let mut old = empty_result();
     (old.struct_size, old.total_neg) = (std::mem::offset_of!(LossResult, total_neg), 77);
+    let paper = settings_of(&LossSettings::default(), UnitCheck::Check);
+    let settings =
+        Settings { struct_size: std::mem::offset_of!(Settings, normalize), normalize: 77, ..paper };
     for references in [null(), &raw const laid] {
-        let status = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, references, &raw mut old) };
+        let settings = &raw const settings;
+        let status = unsafe { ddtas_loss(abi.handle.0, settings, &raw const laid, references, &raw mut old) };
         assert_eq!((status, old.total_neg), (Status::Ok, 77), "{}", abi.message());
         assert!((old.loss - result.loss).abs() < 1e-6 * result.loss);
     }

@@ -4,7 +4,7 @@
 #include <string.h>
 
 typedef int result;
-enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, ABSENT = 500, KERNELS = 256 };
+enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, ABSENT = 500, KERNELS = 256 };
 
 static char primary; /* its address is the primary context of the only GPU */
 static _Thread_local void *current;
@@ -25,6 +25,10 @@ static result fail(result code) {
 }
 /* The result of a call that needs the GPU's context to be current in the calling thread. */
 static result here(void) { return current == &primary ? OK : fail(INVALID_CONTEXT); }
+/* A stream that was destroyed, set by a test; null: none. The driver refuses it, or crashes. */
+void *fake_destroyed;
+/* The result of a call on a stream. */
+static result on(void *stream) { return stream && stream == fake_destroyed ? fail(INVALID_HANDLE) : here(); }
 
 result cuInit(unsigned flags) { return flags ? fail(INVALID_VALUE) : OK; }
 result cuDriverGetVersion(int *version) { return *version = 13000, OK; }
@@ -44,8 +48,8 @@ result cuCtxGetCurrent(void **context) { return *context = current, OK; }
 result cuCtxSetCurrent(void *context) { return current = context, OK; }
 result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
-result cuStreamSynchronize(void *stream) { return ask(), (void)stream, here(); }
-result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
+result cuStreamSynchronize(void *stream) { return ask(), on(stream); }
+result cuStreamDestroy_v2(void *stream) { return on(stream); }
 /* The streams that are in a capture, set by a test; null: none. */
 void *fake_captured, *fake_captured_too;
 int fake_waits;
@@ -56,18 +60,18 @@ result cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *number, vo
                                  void *count) {
     (void)graph, (void)nodes, (void)edges, (void)count;
     *status = captured(stream), *number = 7;
-    return here();
+    return on(stream);
 }
 result cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
     (void)flags, fake_waits++;
     /* An event of a capture cannot be waited for outside of it; one from outside would be no part of the graph. */
-    return event && *(int *)event == (captured(stream) ? IN_CAPTURE : OUTSIDE) ? here() : fail(INVALID_VALUE);
+    return event && *(int *)event == (captured(stream) ? IN_CAPTURE : OUTSIDE) ? on(stream) : fail(INVALID_VALUE);
 }
 result cuEventCreate(void **event, unsigned flags) {
     return (void)flags, *event = calloc(1, sizeof(int)), here();
 }
 result cuEventRecord(void *event, void *stream) {
-    return event ? (*(int *)event = captured(stream) ? IN_CAPTURE : OUTSIDE, here()) : fail(INVALID_VALUE);
+    return event ? (*(int *)event = captured(stream) ? IN_CAPTURE : OUTSIDE, on(stream)) : fail(INVALID_VALUE);
 }
 result cuEventDestroy_v2(void *event) { return free(event), here(); }
 result cuModuleLoadData(void **module, const void *image) {
@@ -114,7 +118,7 @@ result cuLaunchKernelEx(const struct config *config, void *function, void **para
             return fail(INVALID_VALUE);
         fake_overlapped++;
     }
-    return here();
+    return on(config->stream);
 }
 /* All bits of new memory are set, which reads as "no row is bad". */
 result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
@@ -126,11 +130,11 @@ result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 result cuMemGetInfo_v2(size_t *free, size_t *total) { return *free = *total = (size_t)1 << 30, here(); }
 result cuMemFree_v2(uint64_t address) { return ask(), free((void *)(uintptr_t)address), here(); }
 result cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
-    return ask(), (void)stream, memcpy((void *)(uintptr_t)to, from, bytes), here();
+    return ask(), memcpy((void *)(uintptr_t)to, from, bytes), on(stream);
 }
 result cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
-    return ask(), (void)stream, memcpy(to, (void *)(uintptr_t)from, bytes), here();
+    return ask(), memcpy(to, (void *)(uintptr_t)from, bytes), on(stream);
 }
 result cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
-    return (void)stream, memset((void *)(uintptr_t)to, value, bytes), here();
+    return memset((void *)(uintptr_t)to, value, bytes), on(stream);
 }

@@ -72,7 +72,8 @@ class Engine:
 
 
 SHARED = Engine()
-"""The engine of calls without a module, and of exported programs, which do not keep their module."""
+"""The engine of calls without a module, and of exported programs, which do not keep their module. The first one: its key is the
+same in every process."""
 
 
 def engine_of(key: int) -> Engine:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..functional import warn
 from ..settings import Mining, Settings
-from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
-from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
+from .engine import NO_INDICES, SHARED, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
+from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of, unit_rows
 from .parts import References, loss_of_ranks
 from .ranks import RaiseOnAllRanks, Ranks, Scale, check_group, initialized, uncompiled, world_exists
 
@@ -238,11 +238,14 @@ class SoftContrastiveLoss(nn.Module):
         """Whether rows are checked: False for `check=False` only."""
         return self._check != UNCHECKED
 
-    def unit_rows(self, embeddings: Tensor) -> Tensor:
-        """The rows as the loss compares them: normalised, in their own type; unchanged for `normalize_embeddings=False`."""
+    def unit_rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows as the loss compares them: normalised, in their own type; unchanged for `normalize_embeddings=False`. And the
+        `given` of `loss_of_unit_rows`: on the CPU the former are constants, made in one call."""
         if not self.normalize_embeddings or embeddings.numel() == 0:
-            return embeddings
-        return normalize_rows(embeddings)[0].to(embeddings.dtype)
+            return embeddings, None
+        if self._engine.uses_gpu(embeddings) or embeddings.dtype == torch.float64:
+            return normalize_rows(embeddings)[0].to(embeddings.dtype), None
+        return unit_rows(embeddings, self._engine.key), embeddings
 
     def loss_of_unit_rows(
         self,
@@ -252,11 +255,13 @@ class SoftContrastiveLoss(nn.Module):
         reference_labels: Tensor | None = None,
         identity: Tensor | None = None,
         check: bool = True,
+        given: Tensor | None = None,
     ) -> Tensor:
         """`forward` for rows of unit length, with fewer checks of the arguments.
 
         Rows are compared in the references' type, and their gradient has their own. `identity` `[B]` holds for each row the
-        index of the reference that is the row itself, or -1. `check=False` is for rows that were checked before.
+        index of the reference that is the row itself, or -1. `check=False` is for rows that were checked before. `given` are the
+        rows that `unit_rows` has made them of, which then get the gradient.
         """
         ranks = self.ranks
         with RaiseOnAllRanks(ranks):
@@ -271,7 +276,8 @@ class SoftContrastiveLoss(nn.Module):
                 check_labels("identity", identity)
                 identity = identity.to(rows.device, torch.int64)
         check_rows = self._check if check else UNCHECKED
-        return self._loss(rows, labels, references, reference_labels, identity, False, check_rows, ranks, queue=True)
+        own, unit = (rows, None) if given is None else (given, rows)
+        return self._loss(own, labels, references, reference_labels, identity, False, check_rows, ranks, queue=True, unit=unit)
 
     def _loss(
         self,
@@ -284,6 +290,7 @@ class SoftContrastiveLoss(nn.Module):
         check: int,
         ranks: Ranks | None,
         queue: bool,
+        unit: Tensor | None = None,
     ) -> Tensor:
         """`queue`: the references are those of a memory, which has few rows at first and is the same in all processes."""
         settings, pos, neg = self._settings, self.lambda_pos, self.lambda_neg
@@ -311,8 +318,10 @@ class SoftContrastiveLoss(nn.Module):
             numbers,
             normalize,
             check,
-            self._engine.key,
+            # A program that is loaded in another process must not compute in the engine that has this number there.
+            SHARED.key if torch.compiler.is_exporting() else self._engine.key,
             None if ranks is None else partial(loss_of_ranks, ranks, kind_of_references=of_references),
+            unit,
         )
         if not torch.compiler.is_compiling() and not _traced():
             last = self._engine.last

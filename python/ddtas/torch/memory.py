@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, Union
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,19 @@ def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
     if mask.shape != rows.shape[:1]:
         raise ValueError(f"enqueue_mask must be [{rows.shape[0]}], not {list(mask.shape)}")
     return mask.to(rows.device)
+
+
+Places = Union[slice, Tensor]
+"""Places in the queue: a slice where it is known that they follow each other, which is copied faster than by indices."""
+
+
+def _indices(places: Places) -> Tensor:
+    return torch.arange(places.start, places.stop, device="cpu") if isinstance(places, slice) else places
+
+
+def _rows_at(buffer: Tensor, places: Places) -> Tensor:
+    """A copy of the rows there."""
+    return buffer[places].clone() if isinstance(places, slice) else buffer.index_select(0, places)
 
 
 def _refuse_backward_pass() -> None:
@@ -194,25 +207,26 @@ class CrossBatchMemory(nn.Module):
         with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
-            rows, queued, labels = self._prepared(embeddings, labels)
+            rows, given, queued, labels = self._prepared(embeddings, labels)
             queued_labels = labels
             if enqueue_mask is not None:
                 enqueue_mask = _checked_mask(enqueue_mask, rows)
                 queued, queued_labels = queued[enqueue_mask], labels[enqueue_mask]
                 rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
+                given = None if given is None else given[~enqueue_mask]
         own = slice(0, queued.shape[0])
         if ranks is not None:
             queued, queued_labels, own = self._of_all_ranks(ranks, queued, queued_labels, enqueue_mask is not None)
         places = self._places(queued.shape[0])
         # Without a mask the compared rows are in the queue themselves.
-        identity = places[own] if enqueue_mask is None else None
+        identity = _indices(places)[own] if enqueue_mask is None else None
         if torch.compiler.is_compiling():
             self._enqueue(places, queued, queued_labels)
-            return self._loss_against_queue(rows, labels, identity)
-        before = self.embedding_memory[places], self.label_memory[places], self.queue_idx.clone(), self._count.clone()
+            return self._loss_against_queue(rows, labels, identity, given)
+        before = _rows_at(self.embedding_memory, places), _rows_at(self.label_memory, places), self.queue_idx.clone(), self._count.clone()
         try:
             self._enqueue(places, queued, queued_labels)
-            return self._loss_against_queue(rows, labels, identity)
+            return self._loss_against_queue(rows, labels, identity, given)
         except FailedAlone:
             # The other processes keep the rows.
             raise
@@ -245,13 +259,14 @@ class CrossBatchMemory(nn.Module):
         with torch.no_grad():
             with RaiseOnAllRanks(ranks):
                 _refuse_backward_pass()
-                _, rows, labels = self._prepared(embeddings, labels)
+                _, _, rows, labels = self._prepared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
-    def _prepared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows at unit length, in the wider of their type and the queue's; the same in the queue's type; and the labels."""
+    def _prepared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What `unit_rows` of the loss returns for the rows in the wider of their type and the queue's; unit rows in the queue's type;
+        and the labels."""
         check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
@@ -264,17 +279,20 @@ class CrossBatchMemory(nn.Module):
         _check_memory_type(memory_type)
         if self.embedding_memory.device != embeddings.device:
             self.to(embeddings.device)
-        rows = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
+        rows, given = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
         labels = labels.to(rows.device, torch.int64)
         queued = rows.detach().to(memory_type)
         # A bad row for which nothing is raised is ignored, and replaced in the queue, where it would spoil later losses.
         good = good_rows(queued) if self.loss.checks else torch.isfinite(queued).all(1)
-        labels = torch.where(good, labels, NOT_FINITE)
-        if not self.loss.checks or rows.device.type != "cpu":
+        raises = self.loss.checks and rows.device.type == "cpu"
+        if not raises or torch.compiler.is_compiling():
+            # In a compiled graph the check is computed for its result alone.
+            labels = torch.where(good, labels, NOT_FINITE)
+        if not raises:
             axis = torch.zeros_like(queued[:1])
             axis[:, 0] = 1
             queued = torch.where(good[:, None], queued, axis)
-        return rows, queued, labels
+        return rows, given, queued, labels
 
     @uncompiled
     @torch.no_grad()
@@ -284,26 +302,31 @@ class CrossBatchMemory(nn.Module):
         exchange = ranks.handshake(rows, about)
         return exchange.gather_rows(rows.detach()), exchange.gather_rows(labels), exchange.own
 
-    def _places(self, count: int) -> Tensor:
-        if self.queue_idx.is_cpu and not torch.compiler.is_compiling() and not 0 <= int(self.queue_idx) < self.memory_size:
-            raise RuntimeError("the memory was made on the meta device and never filled or emptied: call reset_queue()")
+    def _places(self, count: int) -> Places:
+        """The places of the next `count` rows."""
         if count > self.memory_size:
             raise ValueError(f"{count} rows do not fit a memory of {self.memory_size}")
+        if self.queue_idx.is_cpu and not torch.compiler.is_compiling():
+            first = int(self.queue_idx)
+            if not 0 <= first < self.memory_size:
+                raise RuntimeError("the memory was made on the meta device and never filled or emptied: call reset_queue()")
+            if first + count <= self.memory_size:
+                return slice(first, first + count)
         return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
 
-    def _loss_against_queue(self, rows: Tensor, labels: Tensor, identity: Tensor | None) -> Tensor:
+    def _loss_against_queue(self, rows: Tensor, labels: Tensor, identity: Tensor | None, given: Tensor | None) -> Tensor:
         # On the CPU `good_rows` has checked the rows already; queued rows were checked when they were queued. `rows` may have a
         # wider type than the queue, so that the gradient is not rounded to the queue's.
         return self.loss.loss_of_unit_rows(
-            rows, labels, self.embedding_memory, self.label_memory, identity, check=rows.device.type != "cpu"
+            rows, labels, self.embedding_memory, self.label_memory, identity, rows.device.type != "cpu", given
         )
 
     @torch.no_grad()
-    def _enqueue(self, places: Tensor, rows: Tensor, labels: Tensor) -> None:
-        self.embedding_memory.index_copy_(0, places, rows)
-        self.label_memory.index_copy_(0, places, labels)
-        self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))
-        self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
+    def _enqueue(self, places: Places, rows: Tensor, labels: Tensor) -> None:
+        self.embedding_memory[places] = rows
+        self.label_memory[places] = labels
+        self._count.add_(rows.shape[0]).clamp_max_(self.memory_size)
+        self.queue_idx.add_(rows.shape[0]).remainder_(self.memory_size)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CrossBatchMemory:
         was_meta = any(buffer.is_meta for buffer in self.buffers(recurse=False))

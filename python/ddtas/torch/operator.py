@@ -18,7 +18,8 @@ STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
     "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored", "not_finite",
 )  # fmt: skip
-"""Names of the statistics on the CPU. On a GPU the tensor, of the same size, holds a `LossScalars` (kernels/params.h) instead."""
+"""Names of the statistics on the CPU, in float64. On a GPU the tensor has the words of a `LossScalars` (kernels/params.h) instead, as
+many: int64, since only some of them are float64, and others would be NaN as such."""
 
 _DLOSS_DLAMBDA_POS = STATISTICS.index("dloss_dlambda_pos")
 DLOSS_DLAMBDA = slice(_DLOSS_DLAMBDA_POS, _DLOSS_DLAMBDA_POS + 2)
@@ -34,7 +35,10 @@ _library: Any = getattr(torch.library, "Library")("ddtas", "DEF")
 _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
     " Tensor? lambda_pos, Tensor? lambda_neg, str mining, float[] numbers, bool normalize, bool reference_gradient,"
-    " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)"
+    " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)",
+    # An engine keeps the statistics after the call, which torch refuses of memory that belongs to a graph of its own
+    # (mode="reduce-overhead"): it runs the loss between two graphs. Captures of the caller's are not affected.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 _operator = torch.ops.ddtas.loss.default
 
@@ -66,6 +70,16 @@ def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
+def _type_of_statistics(rows: Tensor) -> torch.dtype:
+    return torch.int64 if rows.is_cuda else torch.float64
+
+
+def derivatives_in(statistics: Tensor) -> Tensor:
+    """A view of dL/dlambda_pos and dL/dlambda_neg, which are float64 at the same places on the CPU and on a GPU."""
+    numbers = statistics if statistics.dtype == torch.float64 else statistics.view(torch.float64)
+    return numbers[DLOSS_DLAMBDA]
+
+
 def _empty_outputs(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> EagerOutputs:
     """Uninitialised tensors for the outputs."""
     wide, device = _wide(rows), rows.device
@@ -74,7 +88,7 @@ def _empty_outputs(rows: Tensor, references: Tensor | None, reference_gradient: 
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
         None if shape is None else torch.empty(shape, dtype=wide, device=device),
-        torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
+        torch.empty(len(STATISTICS), dtype=_type_of_statistics(rows), device=device),
     )
 
 
@@ -241,7 +255,7 @@ def loss_without_pairs(engine: Engine, call: Call, numbers: Sequence[float]) -> 
     gamma_pos, gamma_neg = _ddtas._initial_tolerances(call.mining, numbers)
     known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
     engine.last = [*(known.get(name, 0.0) for name in STATISTICS[:-2]), *count_labels(call.labels)]
-    statistics.copy_(torch.tensor(engine.last, dtype=torch.float64))
+    statistics.copy_(torch.tensor(engine.last, dtype=torch.float64).view(statistics.dtype))
     return loss, gradient, reference_grad, statistics
 
 
@@ -261,9 +275,68 @@ _library.impl("loss", lambda *given: _as_outputs(_on_cpu(Call(*given))), "CPU")
 _library.impl("loss", lambda *given: _as_outputs(_on_gpu(Call(*given))), "CUDA")
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _is_plain(*given: Tensor | None) -> bool:
+    """Whether torch's dispatcher may be skipped for tensors of a known device, a sixth of the overhead. It may not in a graph or a
+    dispatch mode, nor for a subclass, which may have no memory of its own."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    return not traced and _PLAIN.issuperset(map(type, given))
+
+
+# For a memory on the CPU, which queues the rows at unit length before it compares them.
+_library.define("unit_rows(Tensor rows, int engine) -> Tensor")
+_library.define("gradient_of_rows(Tensor rows, Tensor gradient, int engine) -> Tensor")
+
+
+def _place_of(rows: Tensor) -> tuple[int, int, int, int, int]:
+    return rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]
+
+
+def _unit_rows(rows: Tensor, engine: int) -> Tensor:
+    rows = laid_out(rows)
+    unit = torch.empty_like(rows)
+    if rows.numel():
+        _ddtas._normalize_at(engine_of(engine).host, _place_of(rows), unit.data_ptr())
+    return unit
+
+
+def _turn_gradient(rows: Tensor, gradient: Tensor, engine: int) -> Tensor:
+    """Turns dL/d(unit rows), float32 without gaps, in place into dL/d(rows)."""
+    rows = laid_out(rows)
+    _ddtas._normalize_backward_at(engine_of(engine).host, _place_of(rows), gradient.data_ptr())
+    return gradient
+
+
+_register_fake("ddtas::unit_rows", lambda rows, engine: torch.empty_like(rows), lib=_library)
+_register_fake("ddtas::gradient_of_rows", lambda rows, gradient, engine: torch.empty_like(gradient), lib=_library)
+_library.impl("unit_rows", _unit_rows, "CPU")
+_library.impl("gradient_of_rows", lambda rows, gradient, engine: _turn_gradient(rows, laid_out(gradient).clone(), engine), "CPU")
+
+
+def unit_rows(rows: Tensor, engine: int) -> Tensor:
+    """The rows at unit length, as the loss of float32, float16 or bfloat16 on the CPU normalises them; a constant."""
+    rows = rows.detach()
+    direct = rows.is_cpu and _is_plain(rows)
+    unit: Tensor = _unit_rows(rows, engine) if direct else torch.ops.ddtas.unit_rows.default(rows, engine)
+    return unit
+
+
+def gradient_of_rows(rows: Tensor, gradient: Tensor, engine: int) -> Tensor:
+    """dL/d(rows) from dL/d(unit rows), which it may overwrite."""
+    direct = rows.is_cpu and _is_plain(rows, gradient)
+    turned: Tensor = (_turn_gradient if direct else torch.ops.ddtas.gradient_of_rows.default)(rows, gradient, engine)
+    return turned
+
+
 _library.define("good_rows(Tensor rows) -> Tensor")
-good_rows = torch.ops.ddtas.good_rows.default
-"""Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
+
+
+def good_rows(rows: Tensor) -> Tensor:
+    """Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
+    good: Tensor = _refuse_bad_rows(rows) if rows.is_cpu and _is_plain(rows) else torch.ops.ddtas.good_rows.default(rows)
+    return good
 
 
 _TOLERANCES = {dtype: _ddtas._norm_tolerance(code) for dtype, code in TYPES.items()}
@@ -274,7 +347,7 @@ def which_are_unit(rows: Tensor, tolerance: float | None = None) -> Tensor:
     if tolerance is None:
         tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
+    distance: Tensor = torch.linalg.vector_norm(wide, dim=1).sub_(1).abs_()
     return distance <= tolerance
 
 
@@ -341,7 +414,7 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
                 result = result.to(given.dtype)
         else:
             # dL/dlambda is a scalar; the threshold may have any shape of one element.
-            derivative = statistics[_DLOSS_DLAMBDA_POS + place - 2] * upstream
+            derivative = derivatives_in(statistics)[place - 2] * upstream
             result = derivative.to(dtype=given.dtype, device=given.device).reshape(given.shape)
         gradients[place] = _OnceDifferentiable.apply(result, *inputs) if create_graph else result
     return gradients
@@ -363,8 +436,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: EagerOutputs) -> None:
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
 
 
-def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows converted to the references' type, inside the autograd function, so that the gradient keeps the rows' own type."""
+def _compared(rows: Tensor, unit: Tensor | None, references: Tensor | None) -> Tensor:
+    """The rows that are compared: in the references' type, converted inside the autograd function, so that the gradient keeps the
+    rows' own type; those of `unit` if there are any."""
+    rows = rows if unit is None else unit
     return rows if references is None else rows.to(references.dtype)
 
 
@@ -376,13 +451,15 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
+        rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, unit: Tensor | None, *given: Any
     ) -> Outputs:
         labels, reference_labels, identity, *rest = given
-        outputs: Outputs = _operator(
-            _in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
+        loss, gradient, *others = _operator(
+            _compared(rows, unit, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
-        return outputs
+        if unit is not None:
+            gradient = gradient_of_rows(rows, gradient, rest[-1])
+        return (loss, gradient, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -395,13 +472,9 @@ class _Traced(torch.autograd.Function):
         return tuple(_backward(ctx, upstream, False))
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
 def _eagerly(call: Call) -> EagerOutputs:
-    """The operator's outputs. Plain tensors skip torch's dispatcher, a sixth of the overhead, unless a dispatch mode is active.
-    A tensor subclass goes through the dispatcher, since it may have no memory of its own."""
-    if _PLAIN.issuperset(map(type, call[:7])) and not torch._C._len_torch_dispatch_stack():
+    """The operator's outputs."""
+    if _is_plain(*call[:7]):
         if call.rows.is_cpu:
             return _on_cpu(call)
         if call.rows.is_cuda:
@@ -420,12 +493,17 @@ class _Eager(torch.autograd.Function):
         references: Tensor | None,
         lambda_pos: Tensor | None,
         lambda_neg: Tensor | None,
+        unit: Tensor | None,
         given: tuple[Any, ...],
         compute: Callable[[Call], EagerOutputs],
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
-        call = Call(_in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        compared = _compared(rows, unit, references)
+        call = Call(compared, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
         outputs = compute(call)
+        if unit is not None and ctx.needs_input_grad[0]:
+            loss, gradient, reference_grad, statistics = outputs
+            outputs = loss, gradient_of_rows(rows, gradient, call.engine), reference_grad, statistics
         _save(ctx, (rows, references, lambda_pos, lambda_neg), outputs)
         return outputs[0]
 
@@ -458,10 +536,12 @@ def loss_of(
     check: int,
     engine: int,
     compute: Callable[[Call], EagerOutputs] | None = None,
+    unit: Tensor | None = None,
 ) -> Tensor:
     """The loss, differentiable with respect to the first four arguments.
 
-    `engine` is an `Engine.key`. `compute` replaces the operator; calls with it are never compiled.
+    `engine` is an `Engine.key`. `compute` replaces the operator; calls with it are never compiled. `unit` are the rows by
+    `unit_rows`, which are then compared in their place.
     """
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
@@ -471,12 +551,12 @@ def loss_of(
     if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace an autograd.Function whose inputs require no gradient.
-            sides = (_in_type_of(references, rows), labels, references, reference_labels, identity)
+            sides = (_compared(rows, unit, references), labels, references, reference_labels, identity)
             loss: Tensor = _operator(*sides, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
-        outputs: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
+        outputs: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, unit, *given)
         return outputs[0]
     if torch._C._is_tracing():
         raise NotImplementedError("the loss of ddtas cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute or _eagerly)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, unit, given, compute or _eagerly)
     return loss

@@ -17,7 +17,7 @@ from ..functional import DEFAULTS
 from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import CHECK_AND_WAIT, CHECKED, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
-from .operator import check_sides, loss_without_pairs, which_are_unit, with_lambdas
+from .operator import check_sides, derivatives_in, loss_without_pairs, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Fingerprint, Ranks
 from .steps import CpuSteps, GpuSteps, OwnReferences, PartOfBatch, Steps
 
@@ -101,7 +101,7 @@ def loss_of_ranks(ranks: Ranks, call: Call, kind_of_references: References) -> O
         # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole. A copy, since
         # `Engine.read_statistics` may read the original later.
         statistics = statistics.clone()
-        statistics[DLOSS_DLAMBDA] = shares[ranks.rank, DLOSS_DLAMBDA]
+        derivatives_in(statistics)[:] = shares[ranks.rank, DLOSS_DLAMBDA]
     if call.check == CHECK_AND_WAIT:
         engine.read_statistics()
     return statistics[0].float(), gradient, reference_gradient, statistics
@@ -179,7 +179,7 @@ def loss_of_gathered_rows(
     if ranks.gradient == "sum":
         # A copy, since `Engine.read_statistics` reads the original later.
         statistics = statistics.clone()
-        statistics[DLOSS_DLAMBDA] /= ranks.size
+        derivatives_in(statistics).div_(ranks.size)
     return loss, gradient[exchange.own] * ranks.scale, reference_grad, statistics
 
 

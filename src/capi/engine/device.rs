@@ -56,11 +56,12 @@ impl<D: Device> Engine for DeviceBackend<D> {
         &mut self,
         batch: &DeviceBatch,
         settings: &LossSettings,
+        normalize: bool,
         lambda: *const f64,
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
-        let part = ResidentPart { batch: resident(batch), identity, total, normalize: false };
+        let part = ResidentPart { batch: resident(batch), identity, total, normalize };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
         let output = ResidentOutput { scalars: scalars.expose_provenance() as u64, loss: 0 };
         // SAFETY: handed on to the caller.

@@ -64,8 +64,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// As [`Engine::device_loss`], but issued without waiting. The scalars go to device memory, and the
-    /// thresholds come from there unless `lambda` is NULL.
+    /// As [`Engine::device_loss`], but issued without waiting, and of rows of any length with `normalize`. The
+    /// scalars go to device memory, and the thresholds come from there unless `lambda` is NULL.
     ///
     /// # Safety
     /// As [`Engine::device_loss`], until the device has finished.
@@ -73,10 +73,11 @@ pub trait Engine: Backend {
         &mut self,
         batch: &DeviceBatch,
         settings: &LossSettings,
+        normalize: bool,
         lambda: *const f64,
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
-        let _ = (batch, settings, lambda, scalars);
+        let _ = (batch, settings, normalize, lambda, scalars);
         Err(no_device_memory(&self.name()))
     }
 
