@@ -212,6 +212,14 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     run(&whole, &mut backend);
     assert_eq!(fake.get("fake_asked"), asked);
     assert!(fake.get("fake_launches") > launches + 30);
+    // A loss that is waited for copies its scalars, and waits once.
+    let waited = |backend: &mut CudaBackend| {
+        let before = fake.get("fake_asked");
+        unsafe { backend.loss_resident(&square, &settings.settings, &mut LossOutput::default()) }.unwrap();
+        fake.get("fake_asked") - before
+    };
+    waited(&mut backend);
+    assert_eq!(waited(&mut backend), 2);
     assert_eq!(fake.get("fake_failures"), 0);
 }
 
