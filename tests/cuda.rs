@@ -66,6 +66,15 @@ fn every_type_and_form_agrees_when_nothing_is_stored() {
 }
 
 #[test]
+fn every_width_and_lists_of_wide_rows_agree_stored_or_not() {
+    for budget in [None, Some(0)] {
+        let Some(mut backend) = gpu(cuda::open(0, Options { budget, ..Options::default() })) else { return };
+        cases::run_all(&mut *backend, cases::widths());
+        cases::run_all(&mut *backend, [ElementType::F16, ElementType::Bf16].map(cases::sparse));
+    }
+}
+
+#[test]
 fn golden_cases_agree_on_a_stream_of_the_caller() {
     // SAFETY: null is the default stream, which every context has.
     let Some(device) = gpu(unsafe { CudaDevice::on_stream(0, std::ptr::null_mut()) }) else { return };

@@ -27,4 +27,6 @@ pub use run::{
     check_nearest, check_outputs_are_refilled, check_what_is_remembered, run, run_all, run_all_tf32,
     run_tf32, to_tf32,
 };
-pub use table::{generated, generated_case, generated_to_round, golden, golden_in, in_every_way, widths};
+pub use table::{
+    generated, generated_case, generated_to_round, golden, golden_in, in_every_way, sparse, widths,
+};
