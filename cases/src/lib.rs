@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
+//! | `bounds.rs` | pairs at the bounds of mining |
 //! | `case.rs` | a batch with its expected results |
 //! | `expected.rs` | the truth's results, a backend's errors against them, and bounds for these |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
@@ -12,6 +13,7 @@
 //!
 //! For the tests of `ddtas` and for `ddtas-bench verify`; not published.
 
+mod bounds;
 mod case;
 mod expected;
 mod file;
@@ -20,6 +22,7 @@ pub mod random;
 mod run;
 mod table;
 
+pub use bounds::{AtBounds, check_at_bounds};
 pub use case::{Case, Side, is_clear};
 pub use expected::{Bounds, Expected, Report, SINGLE_PRECISION, TF32};
 pub use file::{find, metadata_of, settings_of};
