@@ -13,7 +13,9 @@ use super::{device, golden_case, loss_bits, loss_of, parts_on};
 
 #[test]
 fn golden_cases_agree() {
-    cases::run_all(&mut *emulated::open(Options::default(), 1), cases::golden());
+    for hopper in [false, true] {
+        cases::run_all(&mut DeviceBackend::new(device(1, hopper), Options::default()), cases::golden());
+    }
 }
 
 #[test]
