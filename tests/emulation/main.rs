@@ -31,7 +31,7 @@ struct Fault {
 }
 
 /// Number of schedules of each program, and of one that a sanitizer slows down.
-const SEEDS: &str = "48";
+const SEEDS: &str = "96";
 const SANITIZED_SEEDS: &str = "8";
 
 fn copy_folder(from: &Path, to: &Path) {
