@@ -20,8 +20,7 @@ pub struct AtBounds {
     pub dtype: ElementType,
     /// Whether f32 rows are rounded to f16: a jitter in f32's last place would be erased.
     pub tf32: bool,
-    /// Whether S_ji is also computed in place of S_ij: products of f16 are summed in the same order with and
-    /// without Hopper's kernels.
+    /// Whether S_ji is also computed in place of S_ij, for rows in reverse order.
     pub reversed: bool,
 }
 
