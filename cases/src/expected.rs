@@ -84,8 +84,8 @@ impl Expected {
         })
     }
 
-    /// Bounds the errors of the sums of SPEC 5 also by the larger sum, to which terms of both signs may cancel; in drawn
-    /// batches to nearly 0, in the reference cases to 1/2,800 of the terms at least.
+    /// Bounds the errors of the sums of SPEC 5 by the larger sum, too. Terms of both signs may cancel: in the
+    /// reference cases at least 1/2,800 of them is left, in drawn batches it may be nearly nothing.
     pub(crate) fn bound_by_sums(&mut self) {
         let ThresholdGradient { pos, neg } = self.threshold_gradient;
         let of_terms = pos.abs().max(neg.abs()) / (self.threshold_terms.pos + self.threshold_terms.neg);
