@@ -15,7 +15,7 @@ verify() {
     cargo test --release --quiet --no-run "${packages[@]}" --test verify
     env ${preload:+LD_PRELOAD="$preload"} target/release/ddtas-bench verify --backend emulated "$@"
 }
-cargo test --release "${packages[@]}" --test emulation --test emulated --test nearest --test launches --test resident --test comparison --test spot_check --test capi --test verify
+cargo test --release "${packages[@]}" --lib --test emulation --test emulated --test nearest --test launches --test resident --test comparison --test spot_check --test capi --test verify
 verify tests/golden
 
 # With DDTAS_SANITIZE build.rs compiles the kernels again, and so this crate, but none of its dependencies.

@@ -21,11 +21,11 @@ pub fn build() -> Result<(), String> {
     let named = |sanitizer: &str| sanitizers.split(',').any(|one| one == sanitizer);
 
     let mut machine = compiler();
-    machine.files(files(&folder.join("emulation"), "cpp")?);
+    machine.include(&folder).files(files(&folder.join("emulation"), "cpp")?);
     let mut kernels = compiler();
     kernels.include(&folder);
-    // g++ does not know the suffix .cu, nor nvcc's pragmas.
-    kernels.flag("-xc++").flag("-Wno-unknown-pragmas").files(files(&folder, "cu")?);
+    // g++ does not know the suffix .cu.
+    kernels.flag("-xc++").files(files(&folder, "cu")?);
     if !sanitizers.is_empty() {
         sanitize(&mut kernels, &sanitizers);
         if named("thread") {
@@ -58,6 +58,8 @@ fn compiler() -> cc::Build {
         .flag("-g1")
         .flag("-Wall")
         .flag("-Wextra")
+        // Those of nvcc.
+        .flag("-Wno-unknown-pragmas")
         // No contraction: products and sums are rounded as IEEE arithmetic has it.
         .flag("-ffp-contract=off")
         // Only run where it is built; a third of the time is products.

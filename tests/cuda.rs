@@ -8,7 +8,7 @@ use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, Reside
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
-use ddtas_cases::{self as cases, parts};
+use ddtas_cases::{self as cases, AtBounds, check_at_bounds, parts};
 
 /// Unwraps what a test opened on the first GPU; on an error, prints it as the reason for skipping the test.
 fn gpu<T>(opened: Result<T>) -> Option<T> {
@@ -63,6 +63,31 @@ fn every_type_and_form_agrees_when_nothing_is_stored() {
         return;
     };
     cases::run_all(&mut *backend, cases::generated());
+}
+
+#[test]
+fn every_width_and_lists_of_wide_rows_agree_stored_or_not() {
+    for budget in [None, Some(0)] {
+        let Some(mut backend) = gpu(cuda::open(0, Options { budget, ..Options::default() })) else { return };
+        cases::run_all(&mut *backend, cases::widths());
+        cases::run_all(&mut *backend, [ElementType::F16, ElementType::Bf16].map(cases::sparse));
+    }
+}
+
+#[test]
+fn similarities_at_the_bounds_count_alike_in_all_passes() {
+    for (dtype, tf32) in
+        ElementType::ALL.map(|dtype| (dtype, false)).into_iter().chain([(ElementType::F32, true)])
+    {
+        for (count, dim) in [(1440, 16), (1440, 256), (1440, 1024)] {
+            if gpu(cuda::open(0, Options::default())).is_none() {
+                return;
+            }
+            check_at_bounds(AtBounds { count, dim, dtype, tf32, reversed: true }, |budget| {
+                cuda::open(0, Options { budget: Some(budget), tf32 }).expect("opened above")
+            });
+        }
+    }
 }
 
 #[test]

@@ -72,6 +72,7 @@ impl Case {
         expected.dloss_dlambda_neg = float("expected.dloss_dlambda_neg")?;
         expected.threshold_gradient =
             ThresholdGradient { pos: float("expected.hyper_pos")?, neg: float("expected.hyper_neg")? };
+        expected.bound_by_sums();
         Ok(case)
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
+//! | `bounds.rs` | pairs at the bounds of mining |
 //! | `case.rs` | a batch with its expected results |
 //! | `expected.rs` | the truth's results, a backend's errors against them, and bounds for these |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
@@ -12,6 +13,7 @@
 //!
 //! For the tests of `ddtas` and for `ddtas-bench verify`; not published.
 
+mod bounds;
 mod case;
 mod expected;
 mod file;
@@ -20,6 +22,7 @@ pub mod random;
 mod run;
 mod table;
 
+pub use bounds::{AtBounds, check_at_bounds};
 pub use case::{Case, Side, is_clear};
 pub use expected::{Bounds, Expected, Report, SINGLE_PRECISION, TF32};
 pub use file::{find, metadata_of, settings_of};
@@ -27,4 +30,6 @@ pub use run::{
     check_nearest, check_outputs_are_refilled, check_what_is_remembered, run, run_all, run_all_tf32,
     run_tf32, to_tf32,
 };
-pub use table::{generated, generated_case, generated_to_round, golden, golden_in, in_every_way, widths};
+pub use table::{
+    generated, generated_case, generated_to_round, golden, golden_in, in_every_way, sparse, widths,
+};

@@ -180,16 +180,25 @@ pub fn in_every_way() -> Vec<Case> {
         .collect()
 }
 
-/// Three row tiles, the last of ignored rows alone, 30 % ignored in all, in every width of the gradient's
-/// product and more than one block of columns; square, and rectangular with both gradients. 16-bit rows.
+/// Three row tiles on each side, the last of ignored rows alone, 30 % ignored in all, in every width of the
+/// gradient's product and more than one block of columns; square, and rectangular with both gradients.
+/// 16-bit rows.
+///
+/// # Panics
+/// If the last tile has a row that is not ignored.
 #[must_use]
 pub fn widths() -> Vec<Case> {
-    // Rows of ignored labels are last in the order of the passes.
+    const TILE: usize = 128;
     let ignored = |row: usize| if row % 10 < 3 { -1 } else { (row / 8) as i64 };
-    let forms = [None, Some(270)];
+    let (rows, forms) = (350, [None, Some(270)]);
+    for count in [rows, 270] {
+        // Rows of ignored labels are last in the order of the passes.
+        let valid = (0..count).filter(|&row| ignored(row) >= 0).count();
+        assert_eq!((count.div_ceil(TILE), valid.div_ceil(TILE)), (3, 2));
+    }
     let recipe = |(dim, references): (usize, Option<usize>)| Recipe {
         name: if references.is_none() { "square_width" } else { "rectangular_width" },
-        rows: 370 - references.unwrap_or(0) / 2,
+        rows,
         references,
         shared: 5,
         dim,
@@ -207,6 +216,23 @@ pub fn widths() -> Vec<Case> {
             Case { name: format!("{}_{}", case.name, shape.0), ..case }
         })
         .collect()
+}
+
+/// So few pairs of wide rows that every row tile's gradient goes by lists if all are stored.
+#[must_use]
+pub fn sparse(dtype: ElementType) -> Case {
+    let settings = LossSettings { mining: Mining::Symmetric, gamma: 0.2, ..LossSettings::default() };
+    let recipe = Recipe {
+        name: "sparse_400x768",
+        rows: 400,
+        references: None,
+        shared: 0,
+        dim: 768,
+        noise: 1.5,
+        label: |row| (row / 2) as i64,
+        settings,
+    };
+    clear_case(&recipe, dtype)
 }
 
 fn clear_case(recipe: &Recipe, dtype: ElementType) -> Case {

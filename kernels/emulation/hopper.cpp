@@ -34,12 +34,6 @@ void finish_phase(SharedBarrier &barrier) {
     ++barrier.phase;
 }
 
-void arrive(SharedBarrier &barrier) {
-    lanes_apart();
-    if (++barrier.arrived > barrier.count) die("more arrivals at a barrier than it counts", "");
-    release(&barrier.tokens[barrier.phase % 2]);
-}
-
 // An operand in shared memory, from the fields of its descriptor (PTX ISA, "Matrix Descriptor Format").
 struct Operand {
     uint32_t start, leading, stride;
@@ -172,17 +166,16 @@ void mbarrier_init(Barrier *barrier, uint32_t count) {
 
 void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes) {
     SharedBarrier &one = barrier_at(barrier);
-    arrive(one);
+    lanes_apart();
+    if (++one.arrived > one.count) die("more arrivals at a barrier than it counts", "");
+    release(&one.tokens[one.phase % 2]);
     one.bytes += bytes;
     if (one.bytes >= 1 << 20) die("more bytes than a barrier counts", "");
     finish_phase(one);
+    preempt();
 }
 
-void mbarrier_arrive(Barrier *barrier) {
-    SharedBarrier &one = barrier_at(barrier);
-    arrive(one);
-    finish_phase(one);
-}
+void mbarrier_arrive(Barrier *barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 
 void mbarrier_wait(Barrier *barrier, uint32_t parity) {
     Thread &self = machine->self();
@@ -289,6 +282,7 @@ void wgmma(void **lanes) {
     }
     Unwatched bookkeeping;
     warp.products.push_back(product);
+    machine->products += 16 * static_cast<uint64_t>(first.columns) * kDepth;
 }
 template void wgmma<Precision::f16>(void **);
 template void wgmma<Precision::bf16>(void **);

@@ -56,6 +56,7 @@ void reads_matrix(const void *row) {
 
 template <Precision numbers>
 void multiply(void **lanes) {
+    machine->products += 16 * 8 * 16;
     double a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const auto &one = *static_cast<Multiply *>(lanes[lane]);

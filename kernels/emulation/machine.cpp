@@ -29,6 +29,12 @@ void yield() {
     switch_fiber(self.fiber, machine->scheduler, false);
 }
 
+void preempt() {
+    if (machine->random.below(4) != 0) return;
+    machine->preempted = true;
+    yield();
+}
+
 namespace {
 
 struct Kernel {
@@ -71,7 +77,7 @@ void run_thread(uint32_t index) {
     for (AsyncView &view : machine->global_views) view.stop_watching();
 }
 
-// Runs one warp until each lane waits at a barrier or is done.
+// Runs one warp until each lane waits at a barrier or is done, or until one is preempted.
 void run_warp(uint32_t warp) {
     uint32_t order[32];
     for (uint32_t lane = 0; lane < 32; ++lane) order[lane] = lane;
@@ -83,6 +89,9 @@ void run_warp(uint32_t warp) {
             if (thread.state != State::ready) continue;
             progress = true;
             run_thread(warp * 32 + lane);
+            if (!machine->preempted) continue;
+            machine->preempted = false;
+            return;
         }
     }
     // Lanes that wait at an mbarrier may still join the others.
@@ -194,6 +203,7 @@ uint32_t thread() { return machine->current; }
 Index block() { return machine->block; }
 Index grid() { return machine->grid; }
 unsigned char *shared_memory() { return machine->shared; }
+uint64_t products() { return machine->products; }
 
 void block_barrier(const char *file, int line) {
     aligned("block_sync");
@@ -252,6 +262,7 @@ int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t 
     machine->random = Random(seed);
     // Blocks of this launch are ordered after those of the last one and after the host, but not among themselves.
     ++machine->launches;
+    machine->products = 0;
     acquire(&machine->launched[(machine->launches - 1) % 2]);
     machine->thread_count = threads;
     machine->warp_count = threads / 32;

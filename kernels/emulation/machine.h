@@ -2,7 +2,8 @@
 //
 // The schedule is drawn from a seed: blocks in random order; in a block one random warp
 // runs alone as far as it can, then the next, in an order redrawn at every barrier, so that
-// a missing barrier shows; lanes in random order. A block has up to kMostThreads threads,
+// a missing barrier shows; lanes in random order. A warp may be preempted where it arrives at
+// a barrier without waiting. A block has up to kMostThreads threads,
 // and may be warp-specialised (roles.cpp). Shared memory starts as NaN. An asynchronous copy
 // makes its target NaN at once and lands at a random later point, at the latest at the wait
 // that covers it. Tensor-core sums are exact, then truncated to f32, the least accurate
@@ -52,8 +53,8 @@ void block_barrier(const char *file, int line);
 using Operation = void (*)(void **lanes);
 void collective(const char *what, void *operands, Operation operation);
 
-// Warp specialisation. Instructions that PTX calls aligned need converged warps: after a wait, an arrival or a copy, where lanes
-// may diverge, a warp_sync() must come first, which is checked.
+// Warp specialisation. Instructions that PTX calls aligned need converged warps: after a wait, an arrival, a copy or a branch of
+// some_lanes(), where lanes may diverge, a warp_sync() must come first, which is checked.
 void lanes_apart();
 void lanes_together();
 void aligned(const char *what);
@@ -129,6 +130,8 @@ uint16_t f16_bits(float value);
 // Runs a kernel; 0, or -1 if there is no such kernel or its number of threads or size of parameters differs.
 int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void *params,
            size_t params_bytes, uint64_t seed);
+// Products of two elements that tensor cores computed in this OS thread's last launch.
+uint64_t products();
 
 template <class T>
 struct Shuffle {
@@ -308,6 +311,10 @@ inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, from_zero};
     emulation::aligned("wgmma_f16");
     emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Precision::f16>);
+}
+inline bool some_lanes(bool condition) {
+    emulation::lanes_apart();
+    return condition;
 }
 inline void compiler_barrier() {}
 inline void opaque(uint32_t &) {}

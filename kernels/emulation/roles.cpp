@@ -8,8 +8,8 @@ namespace emulation {
 void lanes_apart() { machine->self().apart = true; }
 void lanes_together() { machine->self().apart = false; }
 
-// After waits, arrivals and copies the lanes of a warp may have diverged on a GPU. Here every lane is a fiber, and an
-// aligned instruction would work without this check, while on a GPU it would trap now and then.
+// After waits, arrivals, copies and branches of some_lanes() the lanes of a warp may have diverged on a GPU. Here every lane is a
+// fiber, and an aligned instruction would work without this check, while on a GPU it would trap now and then.
 void aligned(const char *what) {
     if (machine->self().apart) die("lanes are apart, no warp_sync() before ", what);
 }
@@ -36,6 +36,7 @@ void named_sync(uint32_t barrier, uint32_t threads) {
         for (Thread &thread : machine->threads()) {
             if (thread.state == State::at_named_barrier && thread.named_barrier == barrier) thread.state = State::ready;
         }
+        preempt();
     }
     acquire(token);
 }

@@ -166,6 +166,7 @@ struct Machine {
     Meeting meeting;                    // block_sync()
     char begun = 0, launched[2] = {};   // tokens of the block, and of this launch and the previous one
     unsigned launches = 0;
+    uint64_t products = 0;              // of two elements, by tensor cores in this launch
     uint32_t current = 0;
     unsigned crew = 0;                  // which of two sets of fibers runs this block (races.h)
     Index block{}, grid{};
@@ -176,6 +177,7 @@ struct Machine {
     Entry entry = nullptr;
     const void *params = nullptr;
     const char *name = "";
+    bool preempted = false;             // the running warp, by preempt()
     bool fences = false;                // a thread of this launch has issued a proxy fence
     Fiber scheduler;
     ~Machine() {
@@ -221,6 +223,8 @@ inline float truncate(double value) {
 [[noreturn]] void die(const char *message, const std::string &detail);
 // Lets other threads run; copies in flight may land meanwhile.
 void yield();
+// At an arrival: now and then lets the other warps run before the rest of this one, so that one that comes too early shows.
+void preempt();
 
 // instructions.cpp
 void land_some(Thread &thread);

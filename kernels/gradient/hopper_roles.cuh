@@ -221,7 +221,7 @@ DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t 
     finish_splits(p, static_cast<uint64_t>(x) * TILE, TILE, kMmaWarps, [&](uint32_t *arrived, uint32_t blocks) {
         warp_sync();
         named_sync(kMmaBarrier, threads);
-        if (thread_index() == 0) *last = count_arrival(arrived) == blocks - 1;
+        if (some_lanes(thread_index() == 0)) *last = count_arrival(arrived) == blocks - 1;
         warp_sync();
         named_sync(kMmaBarrier, threads);
         return *last != 0;

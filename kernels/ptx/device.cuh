@@ -140,6 +140,10 @@ DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
 // Makes the value opaque to the compiler, which would otherwise recompute it in each branch that uses it.
 DEVICE void opaque(uint32_t &value) { asm volatile("" : "+r"(value)); }
 
+// The condition of a branch that only some lanes of a warp take, before an aligned instruction of Hopper's: a warp_sync() must come
+// between, which the emulation checks.
+DEVICE bool some_lanes(bool condition) { return condition; }
+
 // Ends the program: the kernel is not for this GPU.
 DEVICE void trap() { __trap(); }
 

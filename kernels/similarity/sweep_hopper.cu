@@ -209,7 +209,7 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
         exchange<2>(largest, lane & 8, 8);
         exchange<1>(largest, lane & 4, 4);
         uint32_t column = layout.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
-        if (largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2]) {
+        if (some_lanes(largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2])) {
             atomic_max(&pairs.max_neg[walk.tile.column * TILE + column], ordered_key(largest[0]));
         }
         warp_sync();
@@ -253,7 +253,7 @@ struct SweepTeam : TeamWarp {
             float largest = rows.largest[r];
             largest = fmaxf(largest, shuffle_xor(largest, 1));
             largest = fmaxf(largest, shuffle_xor(largest, 2));
-            if (lane_index() % 4 == 0 && largest > -INFINITE) {
+            if (some_lanes(lane_index() % 4 == 0 && largest > -INFINITE)) {
                 atomic_max(&pairs.max_neg[rows.first + WgmmaLayout{}.row_of(r)], ordered_key(largest));
             }
         }
@@ -306,7 +306,7 @@ struct SweepTeam : TeamWarp {
 
         // This thread's place in the segment: a scan over the warp, then over the warps.
         uint32_t own = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1])), before = warp_scan(own), total = 0;
-        if (lane_index() == 31) shared.warp_counts[team][warp] = before;
+        if (some_lanes(lane_index() == 31)) shared.warp_counts[team][warp] = before;
         before -= own;
         warp_sync();
         sync();
@@ -332,7 +332,7 @@ struct SweepTeam : TeamWarp {
         if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
         warp_sync();
         ++windows;
-        if (thread == 0) shared.staged_tile[team] = tile;
+        if (some_lanes(thread == 0)) shared.staged_tile[team] = tile;
     }
 
     // Stages masks and values of a tile's candidates for the storing thread, in several windows if there are too many for one;

@@ -88,8 +88,8 @@ fn rows_without_a_direction_are_named_as_on_the_cpu() {
 
 #[test]
 fn labels_of_several_sort_tiles_are_ordered() {
-    // 1,100 labels in no order, some ignored, every class in several sort tiles.
-    let count = 1100;
+    // Two sort tiles of 2,048 labels in no order, some ignored, every class in both.
+    let count = 2200;
     let rows = random_rows(count, 8, 1);
     let labels: Vec<i64> = (0..count).map(|row| (row * 7919 % 40) as i64 - 2).collect();
     let batch = Batch::square(rows.view(), &labels);

@@ -13,7 +13,9 @@ use super::{device, golden_case, loss_bits, loss_of, parts_on};
 
 #[test]
 fn golden_cases_agree() {
-    cases::run_all(&mut *emulated::open(Options::default(), 1), cases::golden());
+    for hopper in [false, true] {
+        cases::run_all(&mut DeviceBackend::new(device(1, hopper), Options::default()), cases::golden());
+    }
 }
 
 #[test]
@@ -27,15 +29,18 @@ fn every_type_and_form_agrees_on_hopper_s_kernels() {
     cases::run_all(&mut backend, cases::generated());
 }
 
+/// Loss of a case on Hopper's kernels, with this many bytes for candidates.
+fn on_hopper(seed: u64, case: &Case, budget: usize) -> LossOutput {
+    let options = Options { budget: Some(budget), ..Options::default() };
+    loss_of(&mut DeviceBackend::new(device(seed, true), options), case).0
+}
+
 /// Each case agrees with the truth, and gives the same bits with all, no and some tiles stored.
 fn agree_on_hopper_stored_or_not(first_seed: u64, cases: impl Iterator<Item = Case>) {
     for (seed, case) in (first_seed..).zip(cases) {
-        let backend = |budget| {
-            let device = EmulatedDevice::new(seed).as_hopper();
-            DeviceBackend::new(device, Options { budget: Some(budget), ..Options::default() })
-        };
-        cases::run_all(&mut backend(1 << 30), [&case]);
-        let answer = |budget| loss_bits(&loss_of(&mut backend(budget), &case).0);
+        let options = Options { budget: Some(1 << 30), ..Options::default() };
+        cases::run_all(&mut DeviceBackend::new(device(seed, true), options), [&case]);
+        let answer = |budget| loss_bits(&on_hopper(seed, &case, budget));
         let stored = answer(1 << 30);
         assert!(stored == answer(0), "{}", case.name);
         assert!(stored == answer(30_000), "{}", case.name);
@@ -50,6 +55,27 @@ fn every_square_width_agrees_on_hopper_s_kernels_stored_or_not() {
 #[test]
 fn every_rectangular_width_agrees_on_hopper_s_kernels_stored_or_not() {
     agree_on_hopper_stored_or_not(60, cases::widths().into_iter().filter(|case| case.references.is_some()));
+}
+
+#[test]
+fn sixteen_bit_rows_agree_on_hopper_s_kernels_when_nothing_is_stored() {
+    let options = Options { budget: Some(0), ..Options::default() };
+    let narrow = cases::generated().into_iter().filter(|case| case.dtype() != ElementType::F32);
+    cases::run_all(&mut DeviceBackend::new(device(16, true), options), narrow);
+}
+
+#[test]
+fn lists_of_wide_rows_agree_on_hopper_s_kernels() {
+    let case = cases::sparse(ElementType::Bf16);
+    for budget in [None, Some(0)] {
+        let options = Options { budget, ..Options::default() };
+        cases::run_all(&mut DeviceBackend::new(device(17, true), options), [&case]);
+    }
+    // Lists add in another order than tiles; all else has the same bits.
+    let (mut lists, mut tiles) = (on_hopper(17, &case, 1 << 30), on_hopper(17, &case, 0));
+    assert!(lists.gradient != tiles.gradient, "the gradient does not go by lists");
+    (lists.gradient, tiles.gradient) = Default::default();
+    assert!(loss_bits(&lists) == loss_bits(&tiles));
 }
 
 #[test]

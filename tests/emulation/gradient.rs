@@ -95,6 +95,32 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 }
 
 #[test]
+fn a_stage_that_is_given_back_right_before_the_wait_for_its_product_is_caught() {
+    // Only a warp that is preempted between the two does harm.
+    assert_caught(&run_faulty_hopper(
+        "gradient_hopper.cu",
+        "wgmma_wait<0>();\n        arrive_as_warp(empty_of(shared, fill));",
+        "arrive_as_warp(empty_of(shared, fill));\n        wgmma_wait<0>();",
+    ));
+    assert_caught(&run_faulty_hopper(
+        "gradient_hopper.cu",
+        "wgmma_wait<0>();\n            if (open) {\n                arrive_as_warp(empty_of(shared, work.fill - 1));",
+        "if (open) {\n                arrive_as_warp(empty_of(shared, work.fill - 1));\n                wgmma_wait<0>();",
+    ));
+    assert_caught(&run_faulty_split(
+        "gradient_hopper_f32.cu",
+        "wgmma_wait<0>();\n    fence_accumulators(sums);\n    arrive_as_warp(empty_of(shared, fill - 1));",
+        "arrive_as_warp(empty_of(shared, fill - 1));\n    wgmma_wait<0>();\n    fence_accumulators(sums);",
+    ));
+}
+
+#[test]
+fn a_matrix_that_one_lane_announces_for_lanes_that_still_store_is_caught() {
+    let synced = "warp_sync();\n        arrive_as_warp(&shared.built";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", synced, "arrive_as_warp(&shared.built"));
+}
+
+#[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
     // One matrix fewer: zeros are written to a matrix that the product before the last still reads.
     let file = "hopper_roles.cuh";
@@ -146,6 +172,13 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
     let synced = "warp_sync();\n            unsigned char *matrix";
     let message = run_faulty_hopper("gradient_hopper.cu", synced, "unsigned char *matrix");
     assert!(message.contains("lanes are apart, no warp_sync() before wgmma_fence"), "{message}");
+}
+
+#[test]
+fn a_named_barrier_after_a_branch_of_one_lane_without_a_warp_sync_is_caught() {
+    let synced = "== blocks - 1;\n        warp_sync();";
+    let message = run_faulty_hopper("hopper_roles.cuh", synced, "== blocks - 1;");
+    assert!(message.contains("lanes are apart, no warp_sync() before named_sync"), "{message}");
 }
 
 #[test]

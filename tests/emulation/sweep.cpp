@@ -1,4 +1,5 @@
-// sweep.cpp: checks the order of tiles, then Hopper's sweep in a copy of kernels/, under many schedules, against a double loop.
+// sweep.cpp: checks the order of tiles, then Hopper's sweep in a copy of kernels/, under many schedules, against a double loop; of
+// the sweep of other GPUs, if it is compiled too, only how much it multiplies.
 // tests/emulation plants faults in the copy. Prints the first difference and exits 1.
 // Two blocks walk five row tiles, the last of ignored rows only, so that both teams' stages, the row tile and the staged values
 // are filled many times; one tile has more candidates than are staged at once, and in half of the runs the pool is too small.
@@ -72,6 +73,12 @@ int differ(const char *what, size_t at, double got, double want, uint64_t seed) 
     return 1;
 }
 
+// Products of the tiles that have pairs, and no others: the last row tile has only ignored rows.
+int multiplied(uint64_t products, uint64_t seed) {
+    uint64_t tiles = (kTiles - 1) * kTiles / 2, of_parts = parts == 1 ? 1 : 3, want = tiles * TILE * TILE * stride * of_parts;
+    return products == want ? 0 : differ("products", 0, static_cast<double>(products), static_cast<double>(want), seed);
+}
+
 int check(uint64_t seeds) {
     std::vector<uint16_t> prepared(size_t{kTiles} * TILE * stride * parts);
     std::vector<float> rows[2];
@@ -141,6 +148,7 @@ int check(uint64_t seeds) {
                                 : emulation::launch("sweep_hopper_f32", grid, SWEEP_HOPPER_EXACT_THREADS, SWEEP_HOPPER_EXACT_SHARED_BYTES, &params,
                                                     sizeof params, seed);
         if (failed) return 2;
+        if (int wrong = multiplied(emulation::products(), seed)) return wrong;
         bool windows = false;
         uint64_t stored = 0;
         if (counters.pool_units != asked) return differ("units", 0, static_cast<double>(counters.pool_units), static_cast<double>(asked), seed);
@@ -168,6 +176,11 @@ int check(uint64_t seeds) {
         if (counters.probe_neg != want.probe) {
             return differ("probe", 0, static_cast<double>(counters.probe_neg), static_cast<double>(want.probe), seed);
         }
+        if (seed != 0) continue;
+        const uint32_t all[3] = {kAll, 1, 1};
+        bool other = parts == 1 ? emulation::launch("sweep_bf16", all, THREADS, SWEEP_SHARED_BYTES, &params, sizeof params, seed) == 0
+                                : emulation::launch("sweep_f32", all, THREADS, SWEEP_EXACT_SHARED_BYTES, &params, sizeof params, seed) == 0;
+        if (int wrong = other ? multiplied(emulation::products(), seed) : 0) return wrong;
     }
     return 0;
 }

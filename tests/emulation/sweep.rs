@@ -36,6 +36,14 @@ fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
     // All stages are released before the products that read them are done.
     let wait = "wgmma_wait<1>();  // the previous product is done, this one is running";
     assert_caught(&run_faulty_team(wait, ""));
+    // The last stage, right before the wait for its product.
+    let release = "wgmma_wait<0>();
+        fence_accumulators(acc);
+        arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);";
+    let early = "arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
+        wgmma_wait<0>();
+        fence_accumulators(acc);";
+    assert_caught(&run_faulty_team(release, early));
 }
 
 #[test]
@@ -87,6 +95,22 @@ fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
     let at_once = "}\n        mbarrier_arrive(&shared.stored[team]);\n        if (windows == 0) bulk_store_wait_read();";
     let message = run_faulty_sweep(read, at_once);
     assert!(message.contains("left with bulk stores nobody waited for"), "{message}");
+}
+
+#[test]
+fn a_named_barrier_after_a_branch_of_one_lane_without_a_warp_sync_is_caught() {
+    let message = run_faulty_sweep("before -= own;\n        warp_sync();", "before -= own;");
+    assert!(message.contains("lanes are apart, no warp_sync() before named_sync"), "{message}");
+}
+
+#[test]
+fn multiplying_tiles_of_ignored_rows_alone_is_caught() {
+    let pairs = "return tile.row * TILE < valid_anchors && tile.column * TILE < valid_references;";
+    let message = run_faulty_sweep(pairs, "return true;");
+    assert!(message.contains("products 0: got"), "{message}");
+    let fault = Fault { file: "sweep.cu", from: "if (sweep_leaves_out(pairs, tile)) return;", to: "" };
+    let message = run_faulty("sweep", &["sweep_hopper.cu", "sweep.cu"], &[fault], &[]);
+    assert!(message.contains("products 0: got"), "{message}");
 }
 
 #[test]

@@ -240,3 +240,16 @@ impl<D: Device> Backend for DeviceBackend<D> {
             .sum()
     }
 }
+
+#[cfg(all(test, feature = "emulated"))]
+mod tests {
+    use super::*;
+    use crate::backend::emulated::EmulatedDevice;
+
+    #[test]
+    fn the_budget_is_a_quarter_of_the_free_memory_unless_it_is_given() {
+        let budget = |options| DeviceBackend::new(EmulatedDevice::new(0), options).budget;
+        assert_eq!(budget(Options::default()), EmulatedDevice::new(0).free_memory() / 4);
+        assert_eq!(budget(Options { budget: Some(5), ..Options::default() }), 5);
+    }
+}

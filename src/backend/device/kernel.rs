@@ -195,3 +195,21 @@ impl Kernel {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::params::SELECT_BLOCKS;
+    use super::*;
+
+    #[test]
+    fn blocks_that_share_a_multiprocessor_fit_its_shared_memory() {
+        // In KiB: sm_80 has 164 and sm_100 more, of which each block takes one for itself. Hopper has 228.
+        let two = [Precision::F16, Precision::Bf16]
+            .into_iter()
+            .flat_map(|precision| [Kernel::Sweep(precision), Kernel::Retrieval(precision)])
+            .map(|kernel| (kernel, 2, 164));
+        for (kernel, blocks, kib) in two.chain([(Kernel::SelectStoredHopper, SELECT_BLOCKS, 228)]) {
+            assert!(blocks * (kernel.shared_bytes() + 1024) <= kib * 1024, "{}", kernel.name());
+        }
+    }
+}

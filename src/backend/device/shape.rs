@@ -203,7 +203,6 @@ pub(super) fn more_scale(settings: &LossSettings, references: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::params::SWEEP_HOPPER_RUN;
     use super::*;
 
     #[test]
@@ -280,18 +279,38 @@ mod tests {
         assert_eq!(Shape::square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
 
-    /// The sweep's tiles of a square batch of `tiles` row tiles, in the order of pairs/tile_order.cuh.
+    #[test]
+    fn sums_of_the_largest_terms_do_not_overflow() {
+        let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
+        let scale = sum_scale(&settings, 1 << 30);
+        assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
+        assert!(
+            more_scale(&settings, 1 << 30) * 1e4 * 3.1 < 2.0f64.powi(41),
+            "the limit is out of reach of unit rows"
+        );
+        assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
+    }
+
+    #[test]
+    fn scaled_weights_fit_half_precision() {
+        for anchors in [1, 2, 3, 80, 16_384, 262_144] {
+            let scale = Shape::square(anchors, 8, Precision::F16).weight_scale();
+            let largest = 4.0 / anchors as f32 * scale;
+            assert!((4096.0..=32_768.0).contains(&largest), "{anchors}: {largest}");
+        }
+    }
+}
+
+/// How often rows are fetched, in the order in which the kernels take tiles.
+#[cfg(all(test, feature = "emulated"))]
+mod bands {
+    use super::super::params::SWEEP_HOPPER_RUN;
+    use super::*;
+    use crate::backend::emulated::tile_at;
+
+    /// The sweep's tiles of a square batch of `tiles` row tiles, in order.
     fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
-        let firsts = (0..tiles).step_by(band);
-        let in_band = |first: usize| {
-            let end = tiles.min(first + band);
-            // Rows of the triangle alternate: the longest, the shortest, the second longest, and so on.
-            let triangle =
-                (0..end - first).map(move |k| if k % 2 == 0 { first + k / 2 } else { end - 1 - k / 2 });
-            let columns = move |row: usize| (row.max(first)..end).map(move |column| (row, column));
-            (0..first).chain(triangle).flat_map(columns)
-        };
-        firsts.flat_map(in_band).collect()
+        (0..tiles * (tiles + 1) / 2).map(|position| tile_at(tiles, band, position)).collect()
     }
 
     /// Bytes that an LRU cache of the rows of `lines` tiles fetches for Hopper's sweep of 132 blocks, which
@@ -360,27 +379,6 @@ mod tests {
                 fetched(&order_of_tiles(tiles, tiles), 1, tiles, tile_bytes, 50_000_000 / tile_bytes);
             let megabytes = [banded, by_rows].map(|bytes| bytes / 1_000_000);
             assert!(megabytes[0] < most_megabytes && by_rows > least * banded, "{anchors}: {megabytes:?} MB");
-        }
-    }
-
-    #[test]
-    fn sums_of_the_largest_terms_do_not_overflow() {
-        let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
-        let scale = sum_scale(&settings, 1 << 30);
-        assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
-        assert!(
-            more_scale(&settings, 1 << 30) * 1e4 * 3.1 < 2.0f64.powi(41),
-            "the limit is out of reach of unit rows"
-        );
-        assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
-    }
-
-    #[test]
-    fn scaled_weights_fit_half_precision() {
-        for anchors in [1, 2, 3, 80, 16_384, 262_144] {
-            let scale = Shape::square(anchors, 8, Precision::F16).weight_scale();
-            let largest = 4.0 / anchors as f32 * scale;
-            assert!((4096.0..=32_768.0).contains(&largest), "{anchors}: {largest}");
         }
     }
 }

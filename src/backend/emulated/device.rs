@@ -21,6 +21,21 @@ unsafe extern "C" {
     ) -> c_int;
     /// kernels/emulation/machine.cpp: under AddressSanitizer, forbids or allows access to bytes.
     fn ddtas_emulated_forbid(first: *const c_void, bytes: usize, forbidden: bool);
+    /// kernels/emulation/tile_order.cpp: the tile at a position of the sweep.
+    #[cfg(test)]
+    fn ddtas_emulated_tile_at(tiles: u32, band: u32, position: u64, row: *mut u32, column: *mut u32);
+}
+
+/// Row and column of the tile of S at a position in the order of the sweep, in a square batch of `tiles` row
+/// tiles.
+#[cfg(test)]
+pub(crate) fn tile_at(tiles: usize, band: usize, position: usize) -> (usize, usize) {
+    let (mut row, mut column) = (0, 0);
+    // SAFETY: writes the two numbers.
+    unsafe {
+        ddtas_emulated_tile_at(tiles as u32, band as u32, position as u64, &raw mut row, &raw mut column);
+    }
+    (row as usize, column as usize)
 }
 
 /// The emulated machine. Every launch has a schedule of its own, drawn from the seed.

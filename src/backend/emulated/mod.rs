@@ -7,6 +7,8 @@
 mod device;
 
 pub use device::EmulatedDevice;
+#[cfg(test)]
+pub(crate) use device::tile_at;
 
 use super::Backend;
 use super::device::{DeviceBackend, Options};
