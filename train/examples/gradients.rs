@@ -1,6 +1,6 @@
 //! Writes features of a backbone and the gradients of all its weights, which tests/backbones.py compares with PyTorch.
 //!
-//!     cargo run --release --example gradients -- --backbone resnet18 --weights W --inputs IN --out OUT --checkpoint C
+//!     cargo run --release --example gradients -- --backbone resnet18 --batch-norm frozen --weights W --inputs IN --out OUT
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::model::{Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise};
-use ddtas_train::train::checkpoint;
+use ddtas_train::train::{BatchNorm, checkpoint};
 use ddtas_train::{Error, Result};
 
 #[derive(Parser)]
@@ -25,9 +25,9 @@ struct Arguments {
     /// A .safetensors file: `images` `[N, 3 * side * side]`, and `probe`, dL/d(features), flat in one row.
     #[arg(long)]
     inputs: PathBuf,
-    /// Normalise by the batch, as in training.
-    #[arg(long)]
-    by_batch: bool,
+    /// Normalise and compute gradients as training with this --batch-norm does.
+    #[arg(long, value_enum)]
+    batch_norm: BatchNorm,
     /// File to write: `features`, and the gradients by the names of the weights.
     #[arg(long)]
     out: PathBuf,
@@ -62,7 +62,11 @@ fn main() -> Result<()> {
     let count = images.nrows();
     let side = (images.ncols() / 3).isqrt();
     let images = TensorData::new(images.into_raw_vec_and_offset().0, [count, 3, side, side]);
-    let mode = if arguments.by_batch { Normalise::Batch } else { Normalise::Running };
+    let mode = match arguments.batch_norm {
+        BatchNorm::Trainable | BatchNorm::Synchronised => Normalise::Batch,
+        BatchNorm::FrozenStatistics => Normalise::Affine,
+        BatchNorm::Frozen => Normalise::Running,
+    };
     let (features, shape): (Tensor<1>, Vec<usize>) =
         match backbone.forward(Tensor::from_data(images, &device), mode) {
             Features::Map(map) => (map.clone().flatten(0, 3), map.dims().to_vec()),

@@ -9,8 +9,9 @@ use std::path::Path;
 use assert_cmd::Command;
 use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
+use ddtas_fixtures::FixtureSettings;
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
-use ddtas_train::data::Cropper;
+use ddtas_train::data::{Cropper, DatasetKind};
 use ddtas_train::model::{
     Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
 };
@@ -296,4 +297,50 @@ fn feature_maps_have_the_fields_shapes() {
     let images = Tensor::random([1, 3, 96, 64], Distribution::Normal(0.0, 1.0), &device);
     let Features::Tokens(tokens) = network.forward(images, Normalise::Running) else { panic!("no tokens") };
     assert_eq!(tokens.dims(), [1, 1 + 6 * 4, 384]);
+}
+
+#[test]
+fn the_papers_preset_trains_bn_inception_on_cars196() {
+    let folder = tempfile::tempdir().unwrap();
+    let (weights, run) = (folder.path().join("weights.safetensors"), folder.path().join("run"));
+    let network = Backbone::new(&shape(BackboneKind::BnInception), &Device::flex());
+    let mut tensors = published(&network);
+    // Of both signs, and of He's variance, so that values keep their size through the network.
+    for (shape, values) in tensors.values_mut().filter(|(shape, _)| shape.len() == 4) {
+        let inputs: usize = shape[1..].iter().product();
+        let scale = (24.0 / inputs as f32).sqrt();
+        values.iter_mut().for_each(|value| *value = scale * (*value - 1.0));
+    }
+    write(&weights, &tensors);
+    let cars = FixtureSettings {
+        dataset: DatasetKind::Cars196,
+        layout: None,
+        classes: 8,
+        images_per_class: 5,
+        picture_width: 40,
+        seed: 3,
+        archive: false,
+    };
+    let cars = ddtas_fixtures::write(&cars, &folder.path().join("cars")).unwrap();
+    let mut program = Command::cargo_bin("ddtas-train").unwrap();
+    program.args(["--preset", "paper", "--dataset", "cars196", "--image-size", "32", "--steps", "1"]);
+    program.arg("--weights").arg(&weights).arg("--data-root").arg(cars).arg("--output").arg(&run);
+    program.assert().success();
+
+    let (steps, _) = runs::records(&run);
+    assert!(steps.len() == 1 && steps[0].loss > 0.0 && steps[0].loss.is_finite(), "{steps:?}");
+    let path = run.join("last.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = TensorFile::parse(&path, &bytes).unwrap();
+    let change = |name: &str| {
+        let before = &tensors[name].1;
+        let after = file.floats(&format!("backbone.{name}"), before.len()).unwrap();
+        before.iter().zip(after).fold(0.0f64, |most, (&a, b)| most.max((f64::from(a) - b).abs()))
+    };
+    // Adam's first step is the learning rate, whatever the gradient.
+    let moved = change("inception_4a_3x3.weight");
+    assert!((9e-6..1.1e-5).contains(&moved), "{moved}");
+    for part in ["weight", "bias", "running_mean", "running_var"] {
+        assert_eq!(change(&format!("inception_4a_3x3_bn.{part}")), 0.0, "{part}");
+    }
 }

@@ -11,11 +11,17 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor};
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use ddtas::backend::cpu::CpuBackend;
+use ddtas::loss::Mining;
 use ddtas_train::data::ImageBatch;
-use ddtas_train::model::{EmbeddingNetwork, Normalise, backward, read, seeded, to_array};
-use ddtas_train::train::{Engine, TrainSettings, chunks};
+use ddtas_train::model::{
+    BackboneKind, EmbeddingNetwork, HeadKind, Normalise, PoolingKind, backward, read, seeded, to_array,
+};
+use ddtas_train::train::{
+    BatchNorm, Engine, OptimizerKind, OptimizerSettings, PairLoss, Preset, ScheduleKind, TrainSettings,
+    chunks,
+};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -310,6 +316,60 @@ fn a_head_of_another_kind_is_another_network() {
     let (_, evaluations) = records(&first);
     let best = evaluations.iter().map(|evaluation| evaluation.recall[0].1).fold(0.0, f64::max);
     assert_eq!(found["at"][0][1].as_f64(), Some(best), "{said}");
+}
+
+#[test]
+fn a_preset_is_its_table_of_settings() {
+    let of = |preset: Preset| {
+        let matches = preset.apply(Arguments::command()).get_matches_from(["test"]);
+        Arguments::from_arg_matches(&matches).unwrap().settings
+    };
+    // Also those that are the defaults of every run, so that a change of these does not change the presets.
+    let both = TrainSettings {
+        embedding_dim: 512,
+        head: HeadKind::Linear,
+        batch_norm: BatchNorm::Frozen,
+        loss: PairLoss::SoftContrastive,
+        gamma: 0.1,
+        negative_ratio: 0.1,
+        probe_ratio: 0.1,
+        tolerance: 0.5,
+        alpha: 40.0,
+        beta: 2.0,
+        lambda: 0.7,
+        // 16, or all there are.
+        classes_per_batch: None,
+        images_per_class: 5,
+        warm_up: 0.0,
+        weight_decay: 0.0,
+        memory_size: 0,
+        ..TrainSettings::default()
+    };
+    let optimizer = OptimizerSettings {
+        optimizer: OptimizerKind::Adam,
+        schedule: ScheduleKind::Constant,
+        ..OptimizerSettings::default()
+    };
+    let paper = TrainSettings {
+        backbone: BackboneKind::BnInception,
+        pooling: None,
+        image_size: 227,
+        mining: Mining::AtAsms,
+        learning_rate: 1e-5,
+        optimizer: optimizer.clone(),
+        ..both.clone()
+    };
+    let fine_tune = TrainSettings {
+        backbone: BackboneKind::EfficientnetLite0,
+        pooling: Some(PoolingKind::AvgMax),
+        image_size: 96,
+        mining: Mining::Symmetric,
+        learning_rate: 1e-4,
+        optimizer: OptimizerSettings { head_learning_rate: Some(5e-4), ..optimizer },
+        ..both
+    };
+    assert_eq!(of(Preset::Paper), paper);
+    assert_eq!(of(Preset::FineTune), fine_tune);
 }
 
 #[test]

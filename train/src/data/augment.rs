@@ -1,6 +1,6 @@
 //! From a picture to the network's input: crop, flip, colour, normalisation.
 
-use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::images::{CroppedImage, Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use rand::{Rng, RngExt};
@@ -123,7 +123,7 @@ impl Cropper {
         let flip = rng.random_bool(settings.flip);
         let factors: [f32; 3] =
             std::array::from_fn(|_| (1.0 + settings.jitter * rng.random_range(-1.0..=1.0)) as f32);
-        self.resize(picture, crop)?;
+        self.resize(picture, [0, 0, picture.width(), picture.height()], crop)?;
         self.write(flip, Some(factors), pixels);
         Ok(())
     }
@@ -147,13 +147,17 @@ impl Cropper {
         Ok(self.resized.buffer().to_vec())
     }
 
+    /// The square has whole pixels, and nothing beside it is read, as if it were cut out first (torchvision's `center_crop`).
     fn resize_middle(&mut self, picture: &RgbImage) -> Result<()> {
-        let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));
-        let side = width.min(height);
-        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])
+        let side = picture.width().min(picture.height());
+        let start = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as u32;
+        let square = [start(picture.width()), start(picture.height()), side, side];
+        self.resize(picture, square, [0.0, 0.0, f64::from(side), f64::from(side)])
     }
 
-    fn resize(&mut self, picture: &RgbImage, [left, top, width, height]: [f64; 4]) -> Result<()> {
+    /// Resizes `crop` of the `part` of the picture (both left, top, width, height). The filter reaches beyond the crop, but not
+    /// beyond the part.
+    fn resize(&mut self, picture: &RgbImage, part: [u32; 4], crop: [f64; 4]) -> Result<()> {
         let failed = |reason: String| Error::Dataset(format!("cannot resize a picture: {reason}"));
         let bytes = if self.resized.pixel_type() == PixelType::F32x3 {
             self.source.clear();
@@ -164,6 +168,10 @@ impl Cropper {
         };
         let source = ImageRef::new(picture.width(), picture.height(), bytes, self.resized.pixel_type())
             .map_err(|e| failed(e.to_string()))?;
+        let [left, top, width, height] = part;
+        let source =
+            CroppedImage::new(&source, left, top, width, height).map_err(|e| failed(e.to_string()))?;
+        let [left, top, width, height] = crop;
         let options = ResizeOptions::new()
             .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
             .crop(left, top, width, height);

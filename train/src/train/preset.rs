@@ -24,7 +24,7 @@ impl Preset {
         }
     }
 
-    /// Names and values of arguments. Those that the paper does not give (steps, crop, weight decay) are our choice.
+    /// Names and values of arguments. Beside the paper's, some are our choice: docs/training.md.
     #[must_use]
     pub fn values(self) -> &'static [(&'static str, &'static str)] {
         match self {
