@@ -60,6 +60,7 @@ template <class T>
 DEVICE T shuffle_up(T value, int by) { return __shfl_up_sync(0xffffffffu, value, by); }
 template <class T>
 DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+// CUDA has a `ballot` of its own, for old GPUs.
 DEVICE uint32_t ballot_sync(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 
 DEVICE void atomic_add(uint32_t *target, uint32_t value) { atomicAdd(target, value); }
