@@ -26,7 +26,7 @@
 # A command that does not end within its limit, such as one with a hanging kernel, is killed and run once more, one kernel
 # at a time, to name the kernel. After a second such command the rest of its step is left out.
 #
-# Needs an NVIDIA GPU (compute capability 8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc, compute-sanitizer),
+# Needs an NVIDIA GPU (compute capability 8.0 or newer) with driver 580 or newer, Rust, gcc, CUDA 13 (nvcc, compute-sanitizer),
 # libclang, and Python with torch; for its measurement pytorch-metric-learning; for step 4 ddtas (docs/python.md) and pytest.
 # Environment:
 #     BATCHES, DIMS   rows and dimensions, separated by commas
@@ -37,7 +37,8 @@
 #     BUDGET          most bytes for candidates (16 GiB)
 #     SKIP            steps to leave out, any of "verify sanitize throughput kernels python"; kernels are part of throughput
 #     QUICK_SECONDS   seconds after which --quick starts nothing more and ends what runs (215)
-#     LIMIT           seconds after which a command is ended, except compute-sanitizer (600; with --quick 40); peers have twice that
+#     LIMIT           seconds after which a command is ended, except compute-sanitizer (600; with --quick 40); peers have twice that, the
+#                     module's tests three times
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -263,7 +264,8 @@ if ! skipped python; then
     if timeout 120 python3 -c 'import ddtas.torch' 2>/dev/null; then
         if python3 -c 'import pytest' 2>/dev/null; then
             # If a test hangs, it is the last one in this file.
-            attempt "tests of the module, $out/python_tests.txt" \
+            # They compile.
+            limit=$((3 * limit)) attempt "tests of the module, $out/python_tests.txt" \
                 python3 -m pytest -v -rs -p no:cacheprovider python/tests/test_{gpu,operator}.py -k "not cpu and not emulated" >"$out/python_tests.txt" 2>&1 || true
             # Pytest's last line counts passed and skipped tests.
             echo "tests of the module: $(tail -n 1 "$out/python_tests.txt")" | tee -a "$out/README.md"

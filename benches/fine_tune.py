@@ -80,7 +80,7 @@ def vary(picture: torch.Tensor) -> torch.Tensor:
 def middle(picture: torch.Tensor) -> torch.Tensor:
     height, width = picture.shape[1:]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = round((height - side) / 2), round((width - side) / 2)
     return resize(picture[:, top : top + side, left : left + side])
 
 

@@ -65,7 +65,8 @@
 /* Labels as i64 and as f32, a count for each warp and key that the block places, and a flag for each warp. The wide form: keys of
  * 10 bytes with a gap after every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
-/* order_merge: keys of a block, and a count for each warp and key. */
+/* order_merge: keys of a block. In shared memory, where its first and last key belong in each run, and a count for each warp and
+ * key. */
 #define ORDER_MERGED 128
 #define ORDER_MERGE_SHARED_BYTES ((2 * ORDER_RUNS + THREADS / 32 * ORDER_MERGED) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)

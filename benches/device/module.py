@@ -50,7 +50,7 @@ def most_compared(device: str) -> int:
     """Rows of the largest batch whose dense float64 loss fits in the GPU's free memory."""
     if device == "cpu":
         return 4096
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     return int((free / (DENSE_MATRICES * 8)) ** 0.5)
 
 

@@ -3,7 +3,7 @@
 // The schedule is drawn from a seed: blocks in random order; in a block one random warp
 // runs alone as far as it can, then the next, in an order redrawn at every barrier, so that
 // a missing barrier shows; lanes in random order. A warp may be preempted where it arrives at
-// a barrier without waiting. A block has up to kMostThreads threads,
+// an mbarrier, or last at a named barrier. A block has up to kMostThreads threads,
 // and may be warp-specialised (roles.cpp). Shared memory starts as NaN. An asynchronous copy
 // makes its target NaN at once and lands at a random later point, at the latest at the wait
 // that covers it. Tensor-core sums are exact, then truncated to f32, the least accurate

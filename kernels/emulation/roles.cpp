@@ -30,15 +30,16 @@ void named_sync(uint32_t barrier, uint32_t threads) {
         self.state = State::at_named_barrier;
         self.named_barrier = barrier;
         yield();
+        acquire(token);
     } else {
         one.arrived = 0;
         ++one.meeting.turn;
         for (Thread &thread : machine->threads()) {
             if (thread.state == State::at_named_barrier && thread.named_barrier == barrier) thread.state = State::ready;
         }
+        acquire(token);
         preempt();
     }
-    acquire(token);
 }
 
 // The registers of a thread at launch: a multiprocessor has 65,536, in units of eight; at most what ptxas can give.

@@ -7,8 +7,8 @@
 // threshold: blocks as in gradient.cu, for the positives' lambda or the negatives'. A tile without pairs of that kind, as most
 //   are for positives, is not multiplied.
 // threshold_sum: the sum over blocks. One block.
-// Precision: W has two parts of a 16-bit type, whose errors are below 2^-17 of a slope and cancel; sums of up to 8 tiles are f32,
-//   all else f64, in a fixed order.
+// Precision: W has two parts of a 16-bit type, whose errors are below 2^-17 of a slope and average out over many pairs; sums of up
+//   to 8 tiles are f32, all else f64, in a fixed order.
 
 #include "gradient/tile_product.cuh"
 

@@ -6,7 +6,7 @@
 //   keys, since barriers would bound a sort of a tile by one block. Also sets the counters of later passes to 0.
 // order_tiles_wide: beyond 65,536 rows, a block sorts a tile of 8,192 keys in shared memory.
 // order_merge: merges ORDER_RUNS sorted runs into one. A key's place is the sum of its places in all runs, found by binary
-//   search, a warp for each run. 2,048 rows need no merge; 65,536 rows one, and with wide tiles 262,144.
+//   search: of a block's first and last key in whole runs, of the others between. 2,048 rows need no merge; 65,536 rows one, and with wide tiles 262,144.
 // Ignored labels get the largest key: their rows come last and are in no class range.
 
 #include "tile/prepared_rows.cuh"
@@ -237,7 +237,7 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
 // How many of the `most` sorted keys of another run come before each of these: indices ascend over the runs, so equal keys of
 // earlier runs do. Several searches at once hide the latency of each.
 template <int n>
-DEVICE void count_before(const uint64_t *others, uint32_t most, bool earlier, const uint64_t (&keys)[n], uint32_t (&before)[n]) {
+DEVICE void search_run(const uint64_t *others, uint32_t most, bool earlier, const uint64_t (&keys)[n], uint32_t (&before)[n]) {
 #pragma unroll
     for (int k = 0; k < n; ++k) before[k] = 0;
     for (uint32_t step = most == 0 ? 0 : 1u << highest_bit(most); step > 0; step /= 2) {
@@ -273,7 +273,7 @@ KERNEL(order_merge, MergeParams, 4) {
         uint64_t key[1] = {p.from_keys[warp_index() == 0 ? begin : last]};
         uint32_t before[1];
         bool other = run < end && run != own;
-        count_before(keys_of(other ? run : own), other ? length(run) : 0, run < own, key, before);
+        search_run(keys_of(other ? run : own), other ? length(run) : 0, run < own, key, before);
         shared.ends[warp_index()][lane_index()] = before[0];
     }
     uint64_t keys[kAtOnce];
@@ -287,7 +287,7 @@ KERNEL(order_merge, MergeParams, 4) {
     block_sync();
     for (uint32_t run = first + warp_index(); run < end; run += THREADS / 32) {
         uint32_t from = shared.ends[0][run - first], before[kAtOnce];
-        count_before(keys_of(run) + from, shared.ends[1][run - first] - from, run < own, keys, before);
+        search_run(keys_of(run) + from, shared.ends[1][run - first] - from, run < own, keys, before);
 #pragma unroll
         for (uint32_t k = 0; k < kAtOnce; ++k) place[k] += from + before[k];
     }

@@ -42,9 +42,11 @@ DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t 
 // sums by lists and by tiles differ in the last bits, no row tile goes by lists if the candidates of all tiles need more than
 // `pool` units, whatever the pool's size, and none in a smaller pool: all larger pools give the same bits. A sixteenth of the
 // largest pool is enough where lists are worth while, except in small batches, which have nearly full tiles beside empty ones.
-constexpr uint64_t kUnitsOfTile = TILE * TILE / 4, kListsPool = 1 << 16;
+// 8 GiB are enough for every batch.
+constexpr uint64_t kUnitsOfTile = TILE * TILE / 4, kFewestUnits = 1 << 16, kMostUnits = 1 << 28;
 DEVICE bool goes_by_lists(const Pairs &pairs, bool of_references, double candidates) {
-    uint64_t all = pairs.tiles * kUnitsOfTile, pool = all / 16 > kListsPool ? all / 16 : all < kListsPool ? all : kListsPool;
+    uint64_t all = pairs.tiles * kUnitsOfTile, pool = all / 16 < kMostUnits ? all / 16 : kMostUnits;
+    if (pool < kFewestUnits) pool = all < kFewestUnits ? all : kFewestUnits;
     if (pairs.pool < pool || pairs.counters->pool_units > pool) return false;
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     return static_cast<uint64_t>(candidates) * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;

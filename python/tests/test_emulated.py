@@ -144,10 +144,9 @@ def test_every_form_of_a_search_gives_the_processor_s_metrics():
         same_searches(searches(), wanted)
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_compiled_steps_are_those_of_eager(mode):
+def test_compiled_steps_are_those_of_eager():
     with emulated_gpu():
-        compiled_steps_are_those_of_eager(mode=mode)
+        compiled_steps_are_those_of_eager()
 
 
 def test_a_part_of_another_shape_or_out_of_order_is_refused():

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 import ddtas  # noqa: E402
 import torch._dynamo.testing  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss  # noqa: E402
+from ddtas.torch.engine import SHARED  # noqa: E402
 from emulated import built, emulated_gpu  # noqa: E402
 from torch.nn.functional import normalize  # noqa: E402
 
@@ -80,6 +81,10 @@ def test_the_operator_passes_opcheck(dtype, references, device):
     # Without pairs the means are NaN, which opcheck's fourth test compares as unequal.
     torch.library.opcheck(torch.ops.ddtas.loss.default, nothing, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.ddtas.good_rows.default, (normalize(given[0], dim=1),))
+    if device == "cpu" and dtype != torch.float64:
+        transposed = given[0].t().contiguous().t()
+        torch.library.opcheck(torch.ops.ddtas.unit_rows.default, (transposed, 0))
+        torch.library.opcheck(torch.ops.ddtas.gradient_of_rows.default, (transposed, transposed.float(), 0))
 
 
 def test_a_dispatch_mode_sees_the_operator():
@@ -221,6 +226,16 @@ class Network(torch.nn.Module):
         return self.loss(self.layer(rows), labels)
 
 
+def test_a_memory_of_transposed_rows_compiles():
+    loss = SoftContrastiveLoss()
+    memories = [CrossBatchMemory(loss, DIM, 100) for _ in range(2)]
+    rows, labels = batch()
+    turned = rows.t().contiguous()
+    compiled = torch.compile(lambda turned, labels: memories[0]((2 * turned).t(), labels), fullgraph=True)
+    found = compiled(turned, labels)
+    assert found > 0 and found.item() == pytest.approx(memories[1](rows, labels).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_computes_the_same_wherever_it_is_loaded(strict, device, tmp_path):
     torch.manual_seed(0)
@@ -238,6 +253,9 @@ def test_an_exported_program_leaves_the_modules_of_another_process_alone(device,
     network, given = Network(), batch()
     for strict in (False, True):
         torch.export.save(torch.export.export(network, given, strict=strict), tmp_path / f"{strict}.pt2")
+    memory = torch.export.export(CrossBatchMemory(SoftContrastiveLoss(), DIM, 100), given, strict=False)
+    calls = [node.args for node in memory.graph.nodes if str(node.target) in ("ddtas.loss.default", "ddtas.unit_rows.default")]
+    assert calls and {args[-1] for args in calls} == {SHARED.key}
     torch.save((given, network(*given).item(), network.loss._engine.key), tmp_path / "given.pt")
     subprocess.run([sys.executable, __file__, device, tmp_path], check=True, timeout=120)
 

@@ -7,6 +7,7 @@ use ddtas::backend::cpu::CpuBackend;
 use ddtas::capi::*;
 use ddtas::loss::{self, Batch, LossOutput, LossSettings, UnitCheck};
 use ddtas_cases as cases;
+use ndarray::Array2;
 
 use super::abi::{Abi, Target, empty_result, settings_of};
 use super::random_batch;
@@ -99,6 +100,10 @@ fn rows_of_any_length_are_normalised_on_request() {
     };
     let got = loss_of(&host, settings).unwrap();
     assert_eq!((&got.gradient, got.reference_gradient.as_ref()), (&want.gradient, Some(turned)));
+    // It would be that of unit rows.
+    let zeros = [want.gradient.dim(), turned.dim()].map(Array2::<f32>::zeros);
+    let after = host.clone().threshold_gradient(&batch, zeros[0].view(), Some(zeros[1].view()));
+    assert!(after.unwrap_err().to_string().contains("needs a loss before it"));
     let device = Abi::open("emulated", 0, 0, Memory::Device);
     let (anchors, references) = (device.lay(&batch.anchors), device.lay_references(&batch).unwrap());
     let mut gradients = [want.gradient.dim(), turned.dim()].map(|shape| Target::new(shape, 0));

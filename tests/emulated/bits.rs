@@ -5,7 +5,7 @@ use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, LossSettings};
 use ddtas_cases::{self as cases, Case};
-use ndarray::s;
+use ndarray::{Array2, s};
 
 use super::{answers, bits, device, golden_case, random_rows};
 
@@ -26,39 +26,54 @@ fn schedules_do_not_change_a_bit() {
     }
 }
 
+/// Rows in pairs that are near each other, of which none is near another pair: few candidates.
+fn near_pairs(count: usize) -> Array2<f32> {
+    let mut rows = random_rows(count, 8, 25);
+    for i in (1..count).step_by(2) {
+        let pair = rows.row(i - 1).to_owned();
+        rows.row_mut(i).assign(&pair);
+        rows[[i, 1]] += 0.2;
+    }
+    rows
+}
+
+/// The bits of a loss's gradient, and whether any row tile went by lists.
+fn lists_under(budget: usize, mut rows: Array2<f32>, labels: &[i64]) -> (Array2<u32>, bool) {
+    for mut row in rows.outer_iter_mut() {
+        let norm = row.dot(&row).sqrt();
+        row /= norm;
+    }
+    let options = Options { budget: Some(budget), ..Options::default() };
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(24), options);
+    let mut output = LossOutput::default();
+    backend.loss(&Batch::square(rows.view(), labels), &LossSettings::default(), &mut output).unwrap();
+    assert!(output.active > 0);
+    let (_, by_tiles) = backend.terms_of_last_loss().unwrap();
+    (output.gradient.mapv(f32::to_bits), by_tiles.contains(&false))
+}
+
 #[test]
 fn lists_do_not_depend_on_the_budget() {
-    // 128 rows in near pairs, which point away from all others and so have few candidates; of 1,000 others most pairs are.
-    let (near, all) = (128, 1128);
-    let mut rows = random_rows(all, 8, 25);
-    for i in 0..all {
-        if i < near && i % 2 == 1 {
-            let pair = rows.row(i - 1).to_owned();
-            rows.row_mut(i).assign(&pair);
-            rows[[i, 1]] += 0.01;
-        } else {
-            rows[[i, 0]] += if i < near { -0.8 } else { 1.5 };
-        }
-        let norm = rows.row(i).dot(&rows.row(i)).sqrt();
-        rows.row_mut(i).mapv_inplace(|entry| entry / norm);
+    // 276 tiles, of which a sixteenth of the largest pool is 276 * 8 KiB.
+    let (rows, labels) = (near_pairs(2900), (0..2900).map(|row| row / 2).collect::<Vec<i64>>());
+    let (large, least) =
+        (lists_under(1 << 30, rows.clone(), &labels), lists_under(276 << 13, rows.clone(), &labels));
+    assert!(large.1 && large == least);
+    assert!(!lists_under((276 << 13) - 32, rows, &labels).1);
+}
+
+#[test]
+fn a_pool_that_holds_everything_gives_the_bits_of_one_that_does_not() {
+    // 128 rows in near pairs, which point away from all others; of 1,000 others most pairs are candidates. 2 MiB, which would
+    // be enough for lists, hold nearly half of those.
+    let mut rows = random_rows(1128, 8, 26);
+    rows.slice_mut(s![..128, ..]).assign(&near_pairs(128));
+    for (i, mut row) in rows.outer_iter_mut().enumerate() {
+        row[0] += if i < 128 { -0.8 } else { 1.5 };
     }
-    let labels: Vec<i64> =
-        (0..all as i64).map(|row| if row < 128 { row / 2 } else { 64 + row / 5 }).collect();
-    // 2 MiB hold all candidates of 256 rows, and nearly half of those of 1,128.
-    for (count, some_lists) in [(256, true), (all, false)] {
-        let batch = Batch::square(Embeddings::F32(rows.slice(s![..count, ..])), &labels[..count]);
-        let answer = |budget: usize| {
-            let options = Options { budget: Some(budget), ..Options::default() };
-            let mut backend = DeviceBackend::new(EmulatedDevice::new(24), options);
-            let mut output = LossOutput::default();
-            backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
-            assert!(output.active > 0);
-            let (_, by_tiles) = backend.terms_of_last_loss().unwrap();
-            assert_eq!(by_tiles.contains(&false), some_lists, "{count} rows, budget {budget}");
-            output.gradient.mapv(f32::to_bits)
-        };
-        assert_eq!(answer(1 << 30), answer(2 << 20), "{count} rows");
-    }
+    let labels: Vec<i64> = (0..1128).map(|row| if row < 128 { row / 2 } else { 64 + row / 5 }).collect();
+    let (large, least) = (lists_under(1 << 30, rows.clone(), &labels), lists_under(2 << 20, rows, &labels));
+    assert!(!large.1 && large == least);
 }
 
 #[test]

@@ -238,6 +238,12 @@ class SoftContrastiveLoss(nn.Module):
         """Whether rows are checked: False for `check=False` only."""
         return self._check != UNCHECKED
 
+    @property
+    def _engine_key(self) -> int:
+        """That of the module's engine. A program that is exported and loaded in another process must not compute in the engine that
+        has this number there."""
+        return SHARED.key if torch.compiler.is_exporting() else self._engine.key
+
     def unit_rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows as the loss compares them: normalised, in their own type; unchanged for `normalize_embeddings=False`. And the
         `given` of `loss_of_unit_rows`: on the CPU the former are constants, made in one call."""
@@ -245,7 +251,7 @@ class SoftContrastiveLoss(nn.Module):
             return embeddings, None
         if self._engine.uses_gpu(embeddings) or embeddings.dtype == torch.float64:
             return normalize_rows(embeddings)[0].to(embeddings.dtype), None
-        return unit_rows(embeddings, self._engine.key), embeddings
+        return unit_rows(embeddings, self._engine_key), embeddings
 
     def loss_of_unit_rows(
         self,
@@ -318,8 +324,7 @@ class SoftContrastiveLoss(nn.Module):
             numbers,
             normalize,
             check,
-            # A program that is loaded in another process must not compute in the engine that has this number there.
-            SHARED.key if torch.compiler.is_exporting() else self._engine.key,
+            self._engine_key,
             None if ranks is None else partial(loss_of_ranks, ranks, kind_of_references=of_references),
             unit,
         )

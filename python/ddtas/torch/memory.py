@@ -268,6 +268,8 @@ class CrossBatchMemory(nn.Module):
         """What `unit_rows` of the loss returns for the rows in the wider of their type and the queue's; unit rows in the queue's type;
         and the labels."""
         check_tensor("embeddings", embeddings)
+        if embeddings.is_complex():
+            raise TypeError(f"embeddings must be real numbers, not {embeddings.dtype}")
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:

@@ -36,7 +36,7 @@ _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
     " Tensor? lambda_pos, Tensor? lambda_neg, str mining, float[] numbers, bool normalize, bool reference_gradient,"
     " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)",
-    # An engine keeps the statistics after the call, which torch refuses of memory that belongs to a graph of its own
+    # An engine keeps statistics and labels after the call, which torch refuses of memory that belongs to a graph of its own
     # (mode="reduce-overhead"): it runs the loss between two graphs. Captures of the caller's are not affected.
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -309,8 +309,12 @@ def _turn_gradient(rows: Tensor, gradient: Tensor, engine: int) -> Tensor:
     return gradient
 
 
-_register_fake("ddtas::unit_rows", lambda rows, engine: torch.empty_like(rows), lib=_library)
-_register_fake("ddtas::gradient_of_rows", lambda rows, gradient, engine: torch.empty_like(gradient), lib=_library)
+def _without_gaps(rows: Tensor) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+_register_fake("ddtas::unit_rows", lambda rows, engine: _without_gaps(rows), lib=_library)
+_register_fake("ddtas::gradient_of_rows", lambda rows, gradient, engine: _without_gaps(gradient), lib=_library)
 _library.impl("unit_rows", _unit_rows, "CPU")
 _library.impl("gradient_of_rows", lambda rows, gradient, engine: _turn_gradient(rows, laid_out(gradient).clone(), engine), "CPU")
 

@@ -17,7 +17,7 @@ from ..functional import DEFAULTS
 from ..settings import Mining, Settings
 from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import CHECK_AND_WAIT, CHECKED, DLOSS_DLAMBDA, STATISTICS, TYPES, UNCHECKED, Call, Outputs
-from .operator import check_sides, derivatives_in, loss_without_pairs, which_are_unit, with_lambdas
+from .operator import check_sides, derivatives_in, loss_without_pairs, unit_rows, which_are_unit, with_lambdas
 from .ranks import BatchExchange, Fingerprint, Ranks
 from .steps import CpuSteps, GpuSteps, OwnReferences, PartOfBatch, Steps
 
@@ -147,8 +147,7 @@ def _ready(engine: Engine, call: Call, given: Tensor, kind: type[Steps], of_refe
         return rows
     unit = rows
     if call.normalize and kind.takes_unit_rows:
-        unit = torch.empty_like(rows)
-        _ddtas._normalize_at(engine.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
+        unit = unit_rows(rows, engine.key)
     elif call.normalize and call.check != UNCHECKED:
         unit = normalize_rows(rows)[0].to(rows.dtype)
     if call.check != UNCHECKED:

@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import _ddtas
 from ..part import Part
 from ..settings import Settings
-from .engine import Engine, count_labels, laid_out
-from .operator import STATISTICS, TYPES, UNCHECKED, Call, target_of
+from .engine import Engine, count_labels
+from .operator import STATISTICS, UNCHECKED, Call, gradient_of_rows, target_of
 from .ranks import BatchExchange
 
 Found = tuple[list[Tensor], Tensor]
@@ -154,9 +154,7 @@ class CpuSteps:
         """The gradient of rows of unit length as that of the rows as they were given."""
         found = torch.from_numpy(gradient)
         if self.batch.call.normalize and found.numel():
-            rows = laid_out(given.detach())
-            place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
-            _ddtas._normalize_backward_at(self.engine.host, place, found.data_ptr())
+            return gradient_of_rows(given.detach(), found, self.engine.key)
         return found
 
     def combined(self, shares: Tensor) -> tuple[list[float], Tensor]:

@@ -81,13 +81,14 @@ impl RunFolder {
         let bad = |reason: String| Error::format(self.config(), reason);
         let text = str::from_utf8(config).map_err(|_| bad("is not UTF-8".into()))?;
         let mut given: toml::Table = text.parse().map_err(|error: toml::de::Error| {
-            let before = &text[..error.span().map_or(0, |span| span.start)];
-            bad(format!("line {}: {}", before.matches('\n').count() + 1, error.message()))
+            let before = config.get(..error.span().map_or(0, |span| span.start)).unwrap_or_default();
+            let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+            bad(format!("line {line}: {}", error.message()))
         })?;
-        let settings: TrainSettings = given.clone().try_into().map_err(|error: toml::de::Error| {
-            let key = unreadable(&given).map_or(String::new(), |key| format!("{key}: "));
-            bad(key + error.message())
-        })?;
+        let settings: TrainSettings = given
+            .clone()
+            .try_into()
+            .map_err(|error| bad(unreadable(&given).unwrap_or_else(|| error.message().to_owned())))?;
         drop_removed(&mut given);
         // serde ignores unknown keys here, since `deny_unknown_fields` does not work with flattened structs.
         let known = toml::Table::try_from(&settings).unwrap_or_default();
@@ -155,22 +156,26 @@ fn unknown(given: &toml::Table, known: &toml::Table) -> Option<String> {
     })
 }
 
-/// The key whose value cannot be read: TOML's reader does not name it where structs are flattened. It is the one that makes the
-/// default settings unreadable.
+/// The first setting whose value cannot be read, and why: TOML's reader does not name it where structs are flattened. It is the
+/// one that makes the default settings unreadable.
 fn unreadable(given: &toml::Table) -> Option<String> {
     let defaults = toml::Table::try_from(TrainSettings::default()).ok()?;
-    let is_refused = |settings: toml::Table| settings.try_into::<TrainSettings>().is_err();
     let with = |table: &toml::Table, key: &str, value: &toml::Value| {
         let mut table = table.clone();
         table.insert(key.to_owned(), value.clone());
         table
     };
+    let refusal = |name: String, settings: toml::Table| {
+        let error = settings.try_into::<TrainSettings>().err()?;
+        Some(format!("{name}: {}", error.message()))
+    };
     given.iter().find_map(|(key, value)| match (value, defaults.get(key)) {
-        (toml::Value::Table(given), Some(toml::Value::Table(known))) => given
-            .iter()
-            .find(|(inner, value)| is_refused(with(&defaults, key, &with(known, inner, value).into())))
-            .map(|(inner, _)| format!("{key}.{inner}")),
-        _ => is_refused(with(&defaults, key, value)).then(|| key.clone()),
+        (toml::Value::Table(given), Some(toml::Value::Table(known))) => {
+            given.iter().find_map(|(inner, value)| {
+                refusal(format!("{key}.{inner}"), with(&defaults, key, &with(known, inner, value).into()))
+            })
+        }
+        _ => refusal(key.clone(), with(&defaults, key, value)),
     })
 }
 
