@@ -43,9 +43,8 @@ class Network(torch.nn.Module):
         super().__init__()
         self.backbone = backbones.efficientnet_lite0()
         self.backbone.load_state_dict(torch.load(backbones.published_lite0(), weights_only=True))
-        for module in self.backbone.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.requires_grad_(False)
+        for module in backbones.batch_norms(self.backbone):
+            module.requires_grad_(False)
         self.backbone._fc.requires_grad_(False)
         self.head = torch.nn.Linear(1280, EMBEDDING_DIM)
         # Running statistics, and no drop-connect or dropout.
@@ -77,13 +76,6 @@ def vary(picture: torch.Tensor) -> torch.Tensor:
     return ((mean_of + (picture - mean_of) * contrast) * brightness).clamp(0, 255)
 
 
-def middle(picture: torch.Tensor) -> torch.Tensor:
-    height, width = picture.shape[1:]
-    side = min(height, width)
-    top, left = round((height - side) / 2), round((width - side) / 2)
-    return resize(picture[:, top : top + side, left : left + side])
-
-
 def scaled(pictures: list[torch.Tensor]) -> torch.Tensor:
     return (torch.stack(pictures) - 127) / 128
 
@@ -106,7 +98,7 @@ def pytorch(classes: list[list[torch.Tensor]], seed: int, steps: int) -> dict[st
         optimizer.step()
     seconds = time.perf_counter() - begin
     with torch.no_grad():
-        embeddings = torch.cat([network(scaled([middle(picture) for picture in pictures])) for pictures in test])
+        embeddings = torch.cat([network(scaled([resize(backbones.middle(picture)) for picture in pictures])) for pictures in test])
     labels = torch.arange(len(test)).repeat_interleave(torch.tensor([len(pictures) for pictures in test]))
     nearest = (embeddings @ embeddings.T).fill_diagonal_(-2).argmax(1)
     return {"recall": 100 * (labels[nearest] == labels).double().mean().item(), "seconds": seconds}

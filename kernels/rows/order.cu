@@ -6,7 +6,8 @@
 //   keys, since barriers would bound a sort of a tile by one block. Also sets the counters of later passes to 0.
 // order_tiles_wide: beyond 65,536 rows, a block sorts a tile of 8,192 keys in shared memory.
 // order_merge: merges ORDER_RUNS sorted runs into one. A key's place is the sum of its places in all runs, found by binary
-//   search: of a block's first and last key in whole runs, of the others between. 2,048 rows need no merge; 65,536 rows one, and with wide tiles 262,144.
+//   search: of a block's first and last key in whole runs, of the others between. 2,048 rows need no merge; 65,536 rows one, and
+//   with wide tiles 262,144.
 // Ignored labels get the largest key: their rows come last and are in no class range.
 
 #include "tile/prepared_rows.cuh"

@@ -141,7 +141,10 @@ def test_arguments_of_another_shape_type_or_place_are_refused():
 def test_every_form_of_a_search_gives_the_processor_s_metrics():
     wanted = searches()
     with emulated_gpu():
-        same_searches(searches(), wanted)
+        found = searches()
+    same_searches(found, wanted)
+    # The figures depend on ranks alone.
+    assert found == wanted
 
 
 def test_compiled_steps_are_those_of_eager():

@@ -125,7 +125,9 @@ def test_a_whole_step_compiles_in_one_graph_with_the_bits_of_eager(backend, devi
             value = run(rows.requires_grad_(), labels)
             value.backward()
             results.append((value.detach(), rows.grad, threshold.grad, loss.statistics))
-        assert results[0][3] == pytest.approx(results[1][3], abs=1e-7) and results[0][3]["active"] > 0
+        # A mean near 0 may be off by more than a millionth of itself there.
+        off = None if device == "cpu" else 1e-7
+        assert results[0][3] == pytest.approx(results[1][3], abs=off) and results[0][3]["active"] > 0
         for got, want in zip(results[1][:3], results[0][:3]):
             torch.testing.assert_close(got, want, rtol=0 if backend == "aot_eager" else 1e-5, atol=0 if backend == "aot_eager" else 1e-7)
         with torch.no_grad():

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Callable
 
 import torch
 from kinks import settle
@@ -96,6 +97,18 @@ def keep_scale(module: torch.nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> Non
     module.running_var.copy_(x.square().mean((0, 2, 3)).float())
 
 
+def batch_norms(network: torch.nn.Module) -> list[torch.nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def keep_scales(network: torch.nn.Module, forward: Callable[[], object]) -> None:
+    """`keep_scale` of every normalisation in one forward pass."""
+    hooks = [module.register_forward_pre_hook(keep_scale) for module in batch_norms(network)]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+
 def write(network: torch.nn.Module, form: str, folder: Path) -> Path:
     path = folder / f"weights.{'safetensors' if form == 'safetensors' else 'pth'}"
     if form == "safetensors":
@@ -120,10 +133,9 @@ def compare(name: str, size: int, form: str | Path, modes: list[str], example: P
     features_of = features_of or resnet_features
     torch.manual_seed(size)
     network, images = make(), torch.randn(BATCH, 3, size, size)
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     # Evaluation mode turns drop-connect and dropout off; to normalise by the batch, only the normalisations are in training mode.
     network.eval()
-    for module in norms:
+    for module in batch_norms(network):
         module.train(modes == ["trainable"])
         module.momentum = 0.0
     if isinstance(form, Path):
@@ -132,9 +144,7 @@ def compare(name: str, size: int, form: str | Path, modes: list[str], example: P
     else:
         draw(network)
         with torch.no_grad():
-            hooks = [module.register_forward_pre_hook(keep_scale) for module in norms]
-            features_of(network.double(), images.double())
-            [hook.remove() for hook in hooks]
+            keep_scales(network, lambda: features_of(network.double(), images.double()))
         settle(network, lambda: features_of(network, images.double()))
         weights = write(network.float(), form, folder)
     with torch.no_grad():
@@ -222,20 +232,25 @@ def embed_as_documented(example: Path, program: Path, folder: Path) -> None:
         sys.exit("that is another embedding")
 
 
+def middle(picture: torch.Tensor) -> torch.Tensor:
+    """The square in the middle of a picture `[3, height, width]`, in whole pixels."""
+    side = min(picture.shape[1:])
+    top, left = (round((length - side) / 2) for length in picture.shape[1:])
+    return picture[:, top : top + side, left : left + side]
+
+
 def draw_pictures(folder: Path, size: tuple[int, int]) -> list[torch.Tensor]:
     """Writes three pictures of this width and height, and returns the bytes of the square in the middle, `[3, side, side]`."""
     import numpy
     from PIL import Image
 
     (folder / "pictures").mkdir(parents=True)
-    side, squares = min(size), []
+    squares = []
     for number in range(3):
         coarse = Image.fromarray(torch.rand(9, 9, 3).mul(255).byte().numpy())
         picture = coarse.resize(size, Image.Resampling.BICUBIC)
         picture.save(folder / "pictures" / f"{number}.png")
-        left, top = (round((length - side) / 2) for length in size)
-        square = numpy.array(picture)[top : top + side, left : left + side]
-        squares.append(torch.from_numpy(square.copy()).permute(2, 0, 1))
+        squares.append(middle(torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)))
     return squares
 
 
@@ -263,10 +278,7 @@ def embed_pictures(program: Path, folder: Path) -> None:
                 network.load_state_dict(torch.load(weights, weights_only=True))
             else:
                 draw(network)
-                norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-                hooks = [module.register_forward_pre_hook(keep_scale) for module in norms]
-                features_of(network, scale(torch.cat(list(resized.values()))))
-                [hook.remove() for hook in hooks]
+                keep_scales(network, lambda: features_of(network, scale(torch.cat(list(resized.values())))))
                 weights = write(network, "zip", folder)
             for size in sizes:
                 maps = features_of(network, scale(resized[size])).flatten(2)
