@@ -252,8 +252,8 @@ typedef struct Pairs {
     /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads and
      * of the bits in their masks. The sweep writes the masks to where the selection then writes the words. */
     uint32_t *tile_counts;       /* [tiles], candidates */
-    uint32_t *tile_segments;     /* [tiles]: where a tile's candidates begin in the pool, in units of 4; NO_ROW: not stored, the
-                                  * tile is recomputed */
+    uint32_t *tile_segments;     /* [tiles]: where a tile's candidates begin in the pool, in units of 4; NO_ROW: it has none,
+                                  * or they are not stored and the tile is recomputed */
     float *pool_values;          /* [4 * pool], S */
     uint32_t *pool_words;        /* [4 * pool], from the selection on: candidate_word.cuh */
     Settings settings;

@@ -318,6 +318,11 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
     run(per_thread, 150).unwrap();
     run(per_thread, 150).unwrap();
     assert_eq!(waits(), 6, "a stream that is another one in each thread");
+    run(streams[0], 150).unwrap();
+    fake.set("fake_reborn", 0x1000);
+    run(streams[0], 150).unwrap();
+    assert_eq!(waits(), 8, "a new stream at the address of one that was destroyed");
+    fake.set("fake_reborn", 0);
     drop(backend);
     assert_eq!(fake.get("fake_failures"), 0);
 }

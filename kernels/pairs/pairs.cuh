@@ -36,6 +36,11 @@ DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     uint64_t first = atomic_fetch_add(&pairs.counters->pool_units, static_cast<uint64_t>(units));
     return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
 }
+// Writes the number of a tile's candidates, and reserves room for them if there are any: what `reserve` returns.
+DEVICE uint32_t place_candidates(const Pairs &pairs, uint64_t tile, uint32_t count) {
+    pairs.tile_counts[tile] = count;
+    return pairs.tile_segments[tile] = count != 0 ? reserve(pairs, count) : NO_ROW;
+}
 DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
 // Index of the first candidate of a segment that begins at unit `unit` of the pool, and of a stored tile.

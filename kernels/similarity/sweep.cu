@@ -124,10 +124,8 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
         if (column_key != 0) atomic_max(&pairs.max_neg[j], column_key);
     }
     if (thread_index() == 0) {
-        uint64_t index = index_of(pairs, tile.row, tile.column);
-        pairs.tile_counts[index] = total;
         if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
-        if (total != 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
+        reduction.segment = place_candidates(pairs, index_of(pairs, tile.row, tile.column), total);
     }
     if (total == 0) return;
     block_sync();
@@ -144,6 +142,10 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
             int bit = row % kRowsOfWord<Layout> * Layout::columns + column;
             if (candidates[row / kRowsOfWord<Layout>] >> bit & 1u) *to++ = Layout::value(acc, row, column);
         }
+    }
+    // Values are read four at a time.
+    if (thread_index() == THREADS - 1) {
+        for (; total % 4 != 0; ++total) *to++ = 0;
     }
 }
 
@@ -162,7 +164,7 @@ DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
 // A tile whose rows or whose columns are all ignored has no pairs and is not multiplied. The whole block gets the same answer.
 DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile) {
     if (tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references) return false;
-    if (thread_index() == 0) pairs.tile_counts[index_of(pairs, tile.row, tile.column)] = 0;
+    if (thread_index() == 0) place_candidates(pairs, index_of(pairs, tile.row, tile.column), 0);
     return true;
 }
 

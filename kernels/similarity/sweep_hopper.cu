@@ -122,14 +122,9 @@ DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) 
         StagedTile staged = shared.staged_tile[team];
         if (staged.tile.row == NO_ROW) return;
         if (window == 0) {
-            uint64_t index = index_of(pairs, staged.tile.row, staged.tile.column);
-            pairs.tile_counts[index] = staged.total;
-            room = false;
-            if (staged.total != 0) {
-                uint32_t unit = pairs.tile_segments[index] = reserve(pairs, staged.total);
-                room = unit != NO_ROW;
-                segment = segment_at(unit);
-            }
+            uint32_t unit = place_candidates(pairs, index_of(pairs, staged.tile.row, staged.tile.column), staged.total);
+            room = unit != NO_ROW;
+            segment = segment_at(unit);
         }
         if (room) {
             uint32_t left = staged.total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
@@ -398,7 +393,7 @@ DEVICE void sweep_hopper_body(const PairsParams &p) {
         [&](uint32_t warp) {
             if (warp == 0) {
                 copy_operands<Precision>(shared, walk, [&](SweepWalk &to) {
-                    return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
+                    return to.next([&](uint64_t tile) { place_candidates(pairs, tile, 0); });
                 });
             }
             if (warp - 1 < kTeams<Precision>) store_candidates(pairs, shared, warp - 1);

@@ -19,7 +19,7 @@ use crate::sides::{SEARCH, Sides, unit_check};
 pub struct CudaContext(Workspaces);
 
 impl CudaContext {
-    /// Runs `work` in the workspace of that GPU and stream, with the interpreter detached.
+    /// Runs `work` in the workspace of that GPU, or of the graph that the stream captures, with the interpreter detached.
     pub fn compute<T: Send>(
         &self,
         py: Python<'_>,

@@ -50,6 +50,9 @@ result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
 result cuStreamSynchronize(void *stream) { return ask(), on(stream); }
 result cuStreamDestroy_v2(void *stream) { return on(stream); }
+/* Added to the ids of streams, which are their addresses: as if all had been destroyed and made anew. */
+int fake_reborn;
+result cuStreamGetId(void *stream, uint64_t *id) { return *id = (uintptr_t)stream + fake_reborn, on(stream); }
 /* The streams that are in a capture, set by a test; null: none. */
 void *fake_captured, *fake_captured_too;
 int fake_waits;

@@ -156,7 +156,8 @@ int check(uint64_t seeds) {
             uint32_t count = want.counts[tile];
             windows |= count > SWEEP_HOPPER_STAGED;
             if (counts[tile] != count) return differ("count", tile, counts[tile], count, seed);
-            if (count == 0 || segments[tile] == NO_ROW) continue;
+            if (count == 0 && segments[tile] != NO_ROW) return differ("segment", tile, segments[tile], NO_ROW, seed);
+            if (segments[tile] == NO_ROW) continue;
             ++stored;
             size_t segment = size_t{segments[tile]} * 4;
             for (uint32_t word = 0; word < TILE_MASK_WORDS; ++word) {

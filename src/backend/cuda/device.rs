@@ -5,7 +5,7 @@ use std::io::Write;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::{self, CallersContext, Primary, Stream, check};
+use super::driver::{self, CallersContext, Primary, Stream, check, id_of};
 use super::event::{Event, capture_of};
 use super::module::Module;
 use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Params};
@@ -16,6 +16,8 @@ use crate::{Error, Result};
 /// Fields are dropped in this order: the stream waits for the kernels before their module is unloaded.
 pub struct CudaDevice {
     pub(super) stream: Stream,
+    /// The id of the stream that was followed last.
+    followed: Option<u64>,
     /// Recorded behind the work that was issued last outside of captures, see [`CudaDevice::mark`].
     issued: Event,
     /// The same in a capture.
@@ -89,7 +91,7 @@ impl CudaDevice {
             warpgroup_products: major == 9,
             list_bytes: DeviceProperties::LIST_BYTES,
         };
-        Ok(Self { stream, issued, captured, module, context, properties, major, traced })
+        Ok(Self { stream, followed: None, issued, captured, module, context, properties, major, traced })
     }
 
     /// Makes the context current in this thread until the result, which restores the caller's, is dropped.
@@ -124,12 +126,15 @@ impl CudaDevice {
     pub unsafe fn follow(&mut self, stream: *mut c_void) -> Result<()> {
         let _kept = self.enter()?;
         let raw: sys::CUstream = stream.cast();
-        if raw != self.stream.raw() || raw == PER_THREAD {
+        // A new stream may have the address of one that was destroyed, but not its id.
+        let id = Some(id_of(raw)?);
+        if id != self.followed || raw == PER_THREAD {
             let capture = capture_of(raw)?;
             let event = if capture.is_none() { &self.issued } else { &self.captured };
             // SAFETY: the caller's promise; the context is current.
             unsafe { event.wait(raw, capture) }?;
         }
+        self.followed = id;
         // SAFETY: handed on to the caller.
         unsafe { self.stream.borrow(raw) };
         Ok(())

@@ -177,6 +177,17 @@ pub(super) fn context(ordinal: usize) -> Result<Primary> {
     Ok(context)
 }
 
+/// The id of a stream, which no other stream of this process has or had.
+///
+/// # Errors
+/// [`Error::Device`] if the driver refuses.
+pub(super) fn id_of(stream: sys::CUstream) -> Result<u64> {
+    let mut id = 0;
+    // SAFETY: the call writes one value.
+    check("cuStreamGetId", unsafe { sys::cuStreamGetId(stream, &raw mut id) }.result())?;
+    Ok(id)
+}
+
 /// The stream that orders all work of one device.
 pub(super) struct Stream {
     raw: sys::CUstream,
