@@ -29,7 +29,8 @@ name_tools() {
 kernel_packages=(-p ddtas -p ddtas-bench --features cuda)
 kernels() {
     # `settings` brings the program.
-    cargo test --release --no-run "${kernel_packages[@]}" --test cuda --test driver --test settings --message-format=json-render-diagnostics |
+    local tests=(--test cuda --test driver --test settings)
+    cargo test --release --no-run "${kernel_packages[@]}" "${tests[@]}" --message-format=json-render-diagnostics |
         python3 -c '
 # The folder that this build wrote to: folders of earlier builds may exist beside it.
 import json, pathlib, sys
