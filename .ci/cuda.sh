@@ -8,24 +8,14 @@ cd "$(dirname "$0")/.."
 
 source .ci/tools.sh
 
-# The same packages in each call, always with their tests' dependencies: the kernels and the library are compiled once.
-packages=(-p ddtas -p ddtas-bench --features cuda)
-# The messages name the folder that this build wrote to; folders of earlier builds may exist beside it. `settings` brings the program.
-tests=(--test cuda --test driver --test settings)
-out=$(cargo test --release --no-run "${packages[@]}" "${tests[@]}" --message-format=json-render-diagnostics |
-    python3 -c '
-import json, pathlib, sys
-for message in map(json.loads, sys.stdin):
-    folder = pathlib.Path(message.get("out_dir", ""))
-    if folder.parent.name.startswith("ddtas-"):
-        print(folder)')
+out=$(kernels)
 python3 .ci/kernel_budgets.py "$out" --table
 
 # Without a GPU this tests the error message; with one it runs the reference cases.
-cargo test --release "${packages[@]}" --test cuda -- --nocapture
+cargo test --release "${kernel_packages[@]}" --test cuda -- --nocapture
 
 # The backend's calls of the driver, recorded by a stand-in that computes nothing.
-cargo test --release "${packages[@]}" --test driver
+cargo test --release "${kernel_packages[@]}" --test driver
 
 # Programs and benches for a GPU are checked, too.
-cargo clippy --release "${packages[@]}" --all-targets -- -D warnings
+cargo clippy --release "${kernel_packages[@]}" --all-targets -- -D warnings

@@ -81,9 +81,8 @@ build() {
     fi
     source .ci/tools.sh
     # For the bindings of mpi.h: PyPI's libclang lacks the compiler's own headers.
-    LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native
-    BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
-    export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
+    name_tools
+    export BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
     # Through a test, so that only this package is built again.
     cargo test --release --quiet --no-run --features ddtas-train/mpi,ddtas-train/nccl --test ranks
     cargo clippy --release --quiet --features ddtas-train/mpi,ddtas-train/nccl --lib --bins --test ranks -- -D warnings

@@ -16,3 +16,26 @@ fi
 PATH="$PWD/$environment/bin:$PATH"
 PATH="$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13/bin:$PATH"
 export PATH
+
+# Names nvcc and libclang to builds that would not find them: pip's have another Python first in PATH, the bindings of mpi.h search none.
+name_tools() {
+    NVCC=$(command -v nvcc)
+    LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native
+    export NVCC LIBCLANG_PATH
+}
+
+# Compiles the CUDA kernels, the library and its tests unless that was done before. Prints the folder of the images and of the assembler's
+# reports. Always the same packages with their tests' dependencies: the kernels and the library are compiled once.
+kernel_packages=(-p ddtas -p ddtas-bench --features cuda)
+kernels() {
+    # `settings` brings the program.
+    local tests=(--test cuda --test driver --test settings)
+    cargo test --release --no-run "${kernel_packages[@]}" "${tests[@]}" --message-format=json-render-diagnostics |
+        python3 -c '
+# The folder that this build wrote to: folders of earlier builds may exist beside it.
+import json, pathlib, sys
+for message in map(json.loads, sys.stdin):
+    folder = pathlib.Path(message.get("out_dir", ""))
+    if folder.parent.name.startswith("ddtas-"):
+        print(folder)'
+}

@@ -1,6 +1,6 @@
 """Installs torch from PyPI for runs on the CPU: a 0.5 GB download instead of 2 GB and more.
 
-    python .ci/torch_cpu.py
+    python .ci/torch_cpu.py [VERSION]
 
 PyPI has torch for Linux only with CUDA, and that build needs CUDA's libraries to start, even without a GPU. A run on
 the CPU calls none of them except the runtime's registration of kernels. So this installs torch without dependencies,
@@ -16,8 +16,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-# The runtime's version is that in torch's metadata.
-WITHOUT_DEPENDENCIES = ["torch==2.15.0", "nvidia-cuda-runtime==13.2.*"]
+# Each torch with the version of the CUDA runtime in its metadata; the first is installed unless another is named.
+TORCH = {"2.15.0": "13.2.86", "2.11.0": "13.0.96"}
 IMPORTED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "numpy"]
 
 
@@ -52,7 +52,8 @@ def main() -> None:
         sys.exit("this changes torch's libraries: run it with the Python of a virtual environment")
     # In this order: after torch, pip would complain of missing dependencies.
     pip(*IMPORTED)
-    pip("--no-deps", *WITHOUT_DEPENDENCIES)
+    torch = sys.argv[1] if len(sys.argv) > 1 else next(iter(TORCH))
+    pip("--no-deps", f"torch=={torch}", f"nvidia-cuda-runtime=={TORCH[torch]}")
 
     site = Path(sysconfig.get_path("purelib"))
     target = site / "nvidia/cu13/lib"

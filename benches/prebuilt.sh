@@ -21,9 +21,7 @@ out=$(cd "$1" && pwd)
 export CARGO_PROFILE_RELEASE_DEBUG=false CARGO_PROFILE_RELEASE_STRIP=symbols NVCC_APPEND_FLAGS=--compress-mode=size
 CARGO_TARGET_DIR=$PWD/target/prebuilt
 export CARGO_TARGET_DIR CARGO_PROFILE_BENCH_DEBUG=false CARGO_PROFILE_BENCH_STRIP=symbols
-# Set here, because pip's builds have another Python first in PATH.
-LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native NVCC=$(command -v nvcc)
-export LIBCLANG_PATH NVCC
+name_tools
 
 # Path of the executable of target $1, from the messages of the build on stdin.
 program() {
