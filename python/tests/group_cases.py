@@ -21,6 +21,7 @@ from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerato
 from ddtas.torch.steps import CpuSteps, GpuSteps
 from emulated import emulated_gpu, patched
 from formula import unit_rows
+from test_memory import Coarse
 from torch.nn.parallel import DistributedDataParallel
 
 SIZE, DIM = 4, 12
@@ -106,6 +107,8 @@ def rows_have_the_bits_of_one_process(world):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         compare(world, world.even(), dtype)
     compare(world, world.even(40), seed=2, mining="asms", gamma=0.2, threads=2, workspace_budget=0)
+    # Some anchors mine negatives alone.
+    compare(world, world.even(40), seed=2, mining="asms", negative_ratio=4.0)
 
 
 def batches_may_be_uneven(world):
@@ -126,6 +129,19 @@ def a_rank_may_mine_nothing(world):
     compare(world, counts, labels=labels, mined=world.size > 1)
     compare(world, counts, labels=torch.zeros_like(labels), mined=False)
     compare(world, counts, labels=torch.arange(len(labels)), mined=False)
+
+
+def a_group_may_be_some_processes_of_the_world(world):
+    if world.size < SIZE:
+        return
+    group = dist.new_group([1, 3])
+    if world.rank in (1, 3):
+        pair, counts = World(group, 2, world.rank // 2), [9, 14]
+        compare(pair, counts)
+        generator = ThresholdGenerator(SoftContrastiveLoss(group=group, uneven=True), torch.nn.Linear(DIM, 5))
+        rows, labels = (side[pair.own(counts)] for side in batch(23))
+        generator.step(rows, labels, (rows, labels))
+        assert generator.hypergradient and pair.same(generator.loss.lambda_pos)
 
 
 def thresholds_get_their_derivative(world):
@@ -173,10 +189,29 @@ def one_process_s_error_is_everybody_s(world):
     other = SoftContrastiveLoss(gamma=0.2, group=world.group)
     with raises(ValueError, f"{name} has gamma=0.2, and rank 0 gamma=0.1: they must be the same"):
         (other if last else loss)(rows, labels)
+    other = SoftContrastiveLoss(gradient="sum", group=world.group)
+    with raises(ValueError, f"{name} has sum, and rank 0 mean: they must be the same"):
+        (other if last else loss)(rows, labels)
+    with raises(ValueError, f"{name} has rows of 12 torch.bfloat16"):
+        loss(rows.bfloat16() if last else rows, labels)
+    with raises(ValueError, "against 8 references, and rank 0"):
+        loss(rows, labels, **({"ref_emb": rows + 1, "ref_labels": labels} if last else {}))
+    with raises(ValueError, f"{name}: a long story, a long story"):
+        loss.ranks.fail(ValueError("a long story, " * 100)) if last else loss(rows, labels)
     with raises(ValueError, "rank 0: references must not require a gradient"):
         loss(rows, labels, ref_emb=rows.clone().requires_grad_(), ref_labels=labels)
     # After the errors all ranks are in step.
     assert world.same(loss(rows, labels))
+
+
+def unchecked_rows_raise_nowhere(world):
+    rows, labels = batch(8, seed=world.rank)
+    rows[3, 2] = torch.nan
+    for device in (nullcontext(), emulated_gpu(0), emulated_gpu(2**62)):
+        with device:
+            loss = SoftContrastiveLoss(group=world.group, check=False)
+            loss(rows, labels)
+            loss.check()
 
 
 def failing(world, right):
@@ -300,6 +335,7 @@ def own_references_are_gathered_and_get_their_gradient(world):
         for devices in (nullcontext(), emulated_gpu()):
             with devices:
                 values = [strict(rows, its, ref_emb=(rows + 1).requires_grad_(), ref_labels=its) for its in (labels, apart)]
+                assert strict.statistics["ignored"] == world.size
                 assert values[0] == values[1] == strict(rows, apart, ref_emb=rows + 1, ref_labels=labels) > 0
         none = rows[:0].requires_grad_()
         strict(rows, labels - (torch.arange(8) <= world.rank) * 100, ref_emb=none, ref_labels=labels[:0])
@@ -321,7 +357,8 @@ def own_references_are_gathered_and_get_their_gradient(world):
 def memories_are_alike(world):
     for dtype, masked in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         one = CrossBatchMemory(SoftContrastiveLoss(), DIM, 70, dtype=dtype, start_after=1)
-        loss = SoftContrastiveLoss(group=world.group, uneven=True, gradient="sum")
+        # The queue is the same everywhere, and not gathered.
+        loss = SoftContrastiveLoss(group=world.group, uneven=True, gradient="sum", gather_references=masked)
         memory = CrossBatchMemory(loss, DIM, 70, dtype=dtype, start_after=1)
         counts = world.uneven()
         own = world.own(counts)
@@ -389,22 +426,24 @@ def memories_on_gpus_are_the_processor_s(world):
         return
     counts = world.uneven()
     own = world.own(counts)
-    memories = [CrossBatchMemory(SoftContrastiveLoss(group=world.group, uneven=True), DIM, 70) for _ in range(2)]
-    for step in range(4):
-        rows, labels = batch(sum(counts), seed=step)
-        found = []
-        for memory, device in zip(memories, (nullcontext(), emulated_gpu())):
-            mine = rows[own].clone().requires_grad_()
-            with device:
-                value = memory(mine, labels[own])
-            value.backward()
-            found.append((value.detach(), mine.grad))
-        close(found[1][0], found[0][0], 1e-5)
-        if found[0][1].numel():
-            close(found[1][1], found[0][1], 1e-5)
-    # The rows are normalised by other code, which differs in the last bits.
-    close(memories[1].embedding_memory, memories[0].embedding_memory, 1e-6)
-    assert torch.equal(memories[1].label_memory, memories[0].label_memory) and memories[0].filled == 70
+    # Of the coarse one, rows are known by their place in the queue alone.
+    for least, kind in ((0, CrossBatchMemory), (2**62, Coarse)):
+        memories = [kind(SoftContrastiveLoss(group=world.group, uneven=True, check=kind is not Coarse), DIM, 70) for _ in range(2)]
+        for step in range(4):
+            rows, labels = batch(sum(counts), seed=step)
+            found = []
+            for memory, device in zip(memories, (nullcontext(), emulated_gpu(least))):
+                mine = rows[own].clone().requires_grad_()
+                with device:
+                    value = memory(mine, labels[own])
+                value.backward()
+                found.append((value.detach(), mine.grad))
+            close(found[1][0], found[0][0], 1e-5)
+            if found[0][1].numel():
+                close(found[1][1], found[0][1], 1e-5)
+        # The rows are normalised by other code, which differs in the last bits.
+        close(memories[1].embedding_memory, memories[0].embedding_memory, 1e-6 if kind is not Coarse else 1e-2)
+        assert torch.equal(memories[1].label_memory, memories[0].label_memory) and memories[0].filled == 70
 
 
 def an_error_on_one_gpu_makes_the_others_losses_nan(world):
@@ -416,7 +455,7 @@ def an_error_on_one_gpu_makes_the_others_losses_nan(world):
     rows, labels = given = batch(8, seed=world.rank)
     with emulated_gpu():
         for name in ("same_class", "sweep", "select", "gradient"):
-            for module, engine in ((loss, loss._engine), (memory, memory.loss._engine)):
+            for module in (loss, memory):
                 with patched(GpuSteps, **{name: failing(world, getattr(GpuSteps, name))}):
                     leaf = rows.clone().requires_grad_()
                     if world.rank == 1:
@@ -427,7 +466,7 @@ def an_error_on_one_gpu_makes_the_others_losses_nan(world):
                     value.backward()
                     assert value.isnan() and leaf.grad.isnan().all()
                     with raises(RuntimeError, "rank 1 failed in the last loss"):
-                        engine.read_statistics()
+                        module.check()
         for module in (loss, memory):
             value = module(*given)
             assert world.same(value) and value > 0
@@ -442,6 +481,8 @@ def an_error_on_one_gpu_makes_the_others_losses_nan(world):
         assert loss(*given, ref_emb=others, ref_labels=torch.arange(9)).isnan()
         with raises(ValueError, "row 4 of the references holds a value that is not finite"):
             loss.check()
+        with raises(ValueError, "row 4 of the references holds a value that is not finite"):
+            SoftContrastiveLoss(group=world.group, check="wait")(*given, ref_emb=others, ref_labels=torch.arange(9))
 
 
 def a_generator_learns_as_in_one_process(world):
@@ -464,6 +505,10 @@ def a_generator_learns_as_in_one_process(world):
         one.step(rows, labels, (meta, meta_labels))
         close(many.hypergradient, one.hypergradient, 1e-6)
         assert learned[0] == 0.7 and learned[2] != learned[1] != 0.7
+    # Where the processes' sums round differently, all take those of the first.
+    with patched(ThresholdGenerator, _hypergradient=lambda *_: (1.0 + world.rank, -3.0)):
+        many.step(rows[own], labels[own], (meta[own], meta_labels[own]))
+    assert many.hypergradient == (1.0, -3.0)
     wrong = head if world.rank else torch.nn.Linear(DIM + 1, 5)
     generator = ThresholdGenerator(SoftContrastiveLoss(group=world.group), wrong)
     with raises(ValueError, "of a threshold generator") if world.size > 1 else nullcontext():
@@ -539,6 +584,20 @@ def a_group_may_be_named_before_it_exists(world):
         SoftContrastiveLoss(group=None)
 
 
+def sharded_tensors_are_refused(world):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = DeviceMesh.from_group(world.group, "cpu")
+    rows, labels = batch(8)
+    sharded = distribute_tensor(rows, mesh, [Shard(0)])
+    with raises(TypeError, "the anchors must not be a DTensor: give its full_tensor(), or with group= its to_local()"):
+        SoftContrastiveLoss()(sharded, labels)
+    generator = ThresholdGenerator(SoftContrastiveLoss(), distribute_module(torch.nn.Linear(DIM, 5), mesh))
+    with raises(TypeError, "the network of the generator has sharded parameters"):
+        generator.step(rows, labels, (rows, labels))
+
+
 def synchronised_batch_norm_is_torch_s_own(world):
     """torch has no SyncBatchNorm for the CPU, which this asserts, so that the case fails once it has one."""
     if world.size == 1:
@@ -588,9 +647,11 @@ def a_module_with_a_group_can_be_copied_but_not_pickled(world):
 CASES = [
     rows_have_the_bits_of_one_process,
     batches_may_be_uneven,
+    a_group_may_be_some_processes_of_the_world,
     a_rank_may_mine_nothing,
     thresholds_get_their_derivative,
     one_process_s_error_is_everybody_s,
+    unchecked_rows_raise_nowhere,
     an_error_between_the_steps_is_everybody_s,
     a_threshold_out_of_range_in_one_process_is_everybody_s_error,
     references_are_the_same_everywhere,
@@ -603,6 +664,7 @@ CASES = [
     half_precision_travels_as_it_is,
     distributed_data_parallel_trains_as_one_process,
     a_group_may_be_named_before_it_exists,
+    sharded_tensors_are_refused,
     synchronised_batch_norm_is_torch_s_own,
     compiled_networks_have_a_break_before_the_loss,
     a_module_with_a_group_can_be_copied_but_not_pickled,

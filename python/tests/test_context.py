@@ -12,6 +12,7 @@ from pathlib import Path
 import ddtas
 import numpy as np
 import pytest
+from ddtas.functional import context_of
 from formula import unit_rows
 
 
@@ -153,6 +154,14 @@ def test_one_context_serves_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_each_thread_has_a_context_of_its_own():
+    found = [context_of(None), context_of(None)]
+    thread = threading.Thread(target=lambda: found.append(context_of(None)))
+    thread.start()
+    thread.join()
+    assert found[0] is found[1] and found[0] is not found[2]
 
 
 def test_an_error_leaves_the_context_in_order():

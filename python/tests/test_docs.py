@@ -1,5 +1,6 @@
 """The examples in the documentation run as they are."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def test_the_functional_example_runs():
     names = {}
     exec(block, names)
     assert names["output"].loss > 0
+
+
+def test_documented_defaults_are_those_of_the_signatures():
+    pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, ThresholdGenerator
+
+    for kind, least in ((ddtas.Settings, 9), (SoftContrastiveLoss, 18), (CrossBatchMemory, 3), (ThresholdGenerator, 8)):
+        arguments = inspect.signature(kind).parameters
+        # A name and its text, up to the next name or an empty line.
+        described = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |^$|\Z)", kind.__doc__, re.DOTALL | re.MULTILINE)
+        found = 0
+        for name, text in described:
+            if default := re.search(r'Default\s+([\w.,]*\w)|"([\w-]+)"\s\(default\)', text):
+                stated, given = (default[1] or default[2]).replace(",", ""), arguments[name].default
+                assert stated == str(given).removeprefix("torch.") or float(stated) == given, (kind, name)
+                found += 1
+        assert found >= least, (kind, found)
 
 
 def test_the_steps_of_a_part_run():

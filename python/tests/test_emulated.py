@@ -69,6 +69,9 @@ def test_a_bad_row_makes_the_loss_nan_and_is_named_when_it_is_asked_for():
             loss.check()
         with pytest.raises(ValueError, match="row 5 of the anchors"):
             SoftContrastiveLoss(check="wait")(rows, labels)
+        unchecked = SoftContrastiveLoss(check=False)
+        unchecked(rows, labels)
+        unchecked.check()
 
 
 def test_a_loss_asks_torch_for_room_alone():
@@ -103,7 +106,7 @@ def test_searches_threshold_gradients_and_the_generator_give_the_processor_s_num
             found.append((
                 recall_at_k(rows, labels),
                 threshold_gradient(unit, labels, tangents[0]),
-                threshold_gradient(unit, labels.to(torch.int32), tangents[0], others, other_labels, tangents[1], check=False),
+                threshold_gradient(unit, labels.to(torch.int32), tangents[0], others, other_labels.int(), tangents[1], check=False),
             ))  # fmt: skip
             generator.step(rows.float(), labels, batch(60, 4))
         found[-1] += (generator.hypergradient,)
@@ -128,6 +131,11 @@ def test_arguments_of_another_shape_type_or_place_are_refused():
         ):
             with pytest.raises(kind, match=message):
                 threshold_gradient(*given)
+        with pytest.raises(ValueError, match="identity must be None on a GPU"):
+            threshold_gradient(rows, labels, rows, rows, labels, identity=0)
+        with pytest.raises(ValueError, match=r"row \d+ of the anchors has L2 norm 2"):
+            threshold_gradient(2 * rows, labels, rows)
+        threshold_gradient(2 * rows, labels, rows, check=False)
         for given, kind, message in (
             ((rows[0], labels), ValueError, "queries must have 2 dimensions"),
             ((rows, labels[:3]), ValueError, r"labels must be \[20\], not \[3\]"),

@@ -40,7 +40,7 @@ def test_figures_are_those_of_the_definitions():
         ((rows, labels, mixed, mixed_labels, 0), np.arange(90)),
         ((rows, labels, mixed, mixed_labels, some), some),
     ]:
-        found = ddtas.evaluate(*given[:4], KS, identity=given[4])
+        found = ddtas.evaluate(*given[:4], KS[::-1], identity=given[4])
         searched = (rows, labels) if given[2] is None else given[2:4]
         want = plain(rows.astype(float), labels, searched[0].astype(float), searched[1], own)
         counted = [answer for answer in want if answer is not None]
@@ -49,6 +49,7 @@ def test_figures_are_those_of_the_definitions():
         assert found.r_precision == pytest.approx(np.mean([r for _, r, _ in counted]))
         assert found.map_at_r == pytest.approx(np.mean([a for *_, a in counted])) and 0.05 < found.map_at_r < 0.95
         per_class = found.per_class
+        assert tuple(found.recall) == tuple(per_class.recall) == KS
         for place, label in enumerate(per_class.labels):
             own_class = [answer for answer, other in zip(want, labels) if other == label and answer is not None]
             assert per_class.queries[place] == len(own_class)
@@ -63,7 +64,7 @@ def test_nmi_is_that_of_clusters_that_are_the_classes():
     labels = np.arange(120) % 6
     rows = (np.eye(6)[labels] + 0.05 * random.normal(size=(120, 6))).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    assert ddtas.evaluate(rows, labels, nmi=True).nmi == pytest.approx(1)
+    assert ddtas.evaluate(rows, labels, nmi=True).nmi == ddtas.evaluate(rows.astype(float), labels, nmi=True).nmi == pytest.approx(1)
     assert ddtas.evaluate(rows, random.permutation(labels), nmi=True).nmi < 0.3
     with pytest.raises(TypeError, match="must be float32"):
         ddtas.evaluate(rows.astype(np.float16), labels, nmi=True)
@@ -211,6 +212,15 @@ def test_the_threshold_gradient_of_tensors_is_that_of_arrays():
     want = ddtas.threshold_gradient(rows, labels, tangent)
     got = ddtas.torch.threshold_gradient(torch.from_numpy(rows).requires_grad_(), torch.from_numpy(labels), torch.from_numpy(tangent))
     assert got == want and want.neg != 0
+    (others, other_labels), settings = drawn(70, 9), ddtas.Settings(mining="none", lambda_pos=0.6)
+    others[:40], other_labels[:40] = 1.01 * rows, labels
+    given = [rows, labels, tangent, others, other_labels, np.random.default_rng(9).normal(size=others.shape).astype(np.float32)]
+    tensors = [torch.from_numpy(array) for array in given]
+    more = {"settings": settings, "check": False}
+    sums = [ddtas.threshold_gradient(*given, identity=identity, **more) for identity in (None, 0, np.arange(40))]
+    assert sums[0] != sums[1] == sums[2]
+    for identity, want_ in zip((None, 0, torch.arange(40)), sums):
+        assert ddtas.torch.threshold_gradient(*tensors, identity=identity, **more) == want_
     apart = torch.from_numpy(rows).repeat(1, 2)[:, :16]
     assert not apart.is_contiguous()
     assert ddtas.torch.threshold_gradient(apart, torch.from_numpy(labels), torch.from_numpy(tangent)) == want

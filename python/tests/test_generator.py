@@ -84,6 +84,7 @@ def test_a_step_changes_the_thresholds_alone():
     for rows, labels in data:
         generator.step(rows.requires_grad_(), labels)
         assert rows.grad is None
+    assert not any(inputs.requires_grad for inputs, _ in generator.state_dict()["recent"]), "no graph is kept"
     assert thresholds(generator) != (0.7, 0.7)
     assert all(torch.equal(now, before[name]) for name, now in module.state_dict().items())
     assert all(weight.grad is None and weight.requires_grad for weight in module.parameters())
@@ -122,6 +123,9 @@ def test_the_meta_batch_is_the_last_batches_unless_given():
     again.step(*data[2], tuple(map(torch.cat, zip(*data[:2]))))
     again.step(*data[3], tuple(map(torch.cat, zip(*data[1:3]))))
     assert generator.hypergradient == again.hypergradient and thresholds(generator) == thresholds(again)
+    # Batches that came with a meta batch are not kept.
+    again.step(*data[0])
+    assert again.hypergradient is None and len(again.state_dict()["recent"]) == 1
 
 
 def test_a_restored_state_goes_on_bit_for_bit():
@@ -156,7 +160,9 @@ def test_a_batch_that_says_nothing_changes_nothing(spoil):
         generator.step(*data, meta)
         assert thresholds(generator) == (0.5, 0.5) and generator.hypergradient is None
     generator.step(rows, labels, batch(20, 1))
-    assert thresholds(generator)[0] in (pytest.approx(0.51), pytest.approx(0.49))
+    assert thresholds(generator)[0] in (pytest.approx(0.51), pytest.approx(0.49)) and generator.hypergradient is not None
+    generator.step(*bad, (rows, labels))
+    assert generator.hypergradient is None
 
 
 def test_a_threshold_that_was_a_tensor_stays_that_tensor():
@@ -257,6 +263,17 @@ def test_dropout_is_off_during_a_step():
         generator.step(*batch(40), batch(30, 5))
         found.append(generator.hypergradient)
     assert found[0] == found[1] and torch.equal(torch.get_rng_state(), random) and dropping[0].training
+
+
+def test_a_step_takes_labels_of_every_width_and_needs_no_gradient_mode():
+    data, found = [batch(40, seed) for seed in range(2)], []
+    for dtype, mode in ((torch.int64, torch.enable_grad), (torch.int16, torch.no_grad)):
+        generator = generator_of(head())
+        with mode():
+            for rows, labels in data:
+                generator.step(rows, labels.to(dtype))
+        found.append(generator.hypergradient)
+    assert found[0] == found[1] and found[0] is not None
 
 
 def test_recent_batches_are_kept_as_they_were():

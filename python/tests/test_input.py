@@ -344,6 +344,7 @@ def test_unchecked_rows_are_never_a_crash():
     rows, labels = batch()
     for bad in (nan(rows.copy()), 1e30 * rows, 0 * rows):
         ddtas.loss(bad, labels, check=False)
+        ddtas.threshold_gradient(bad, labels, rows, check=False)
 
 
 def test_what_torch_is_needed_for_says_so_in_one_line():

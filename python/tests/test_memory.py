@@ -47,7 +47,7 @@ def unit(rows):
     return torch.nn.functional.normalize(rows, dim=1).detach().double().numpy()
 
 
-@pytest.mark.parametrize("memory_size", [16, 50, 64, 1000])
+@pytest.mark.parametrize("memory_size", [16, 47, 50, 64, 1000])
 def test_losses_are_those_of_a_plain_queue(memory_size):
     memory, plain = CrossBatchMemory(SoftContrastiveLoss(), DIM, memory_size), PlainQueue(memory_size)
     for rows, labels in batches(9, 16):
@@ -84,6 +84,8 @@ def test_a_queue_is_taken_up_from_its_state_dict():
         want = memory(rows, labels)
         assert again(rows, labels) == want and copied(rows, labels) == want
     memory.reset_queue()
+    # A GPU checks the rows of an empty queue, too.
+    assert bool((memory.embedding_memory.norm(dim=1) == 1).all())
     memory(*given[0])
     assert memory.queue_idx == 16 and not memory.has_been_filled
 
@@ -155,6 +157,8 @@ def test_rows_that_changed_on_the_way_into_the_queue_are_known_by_their_place(dt
 def test_a_memory_of_integers_is_refused():
     with pytest.raises(ValueError, match="the memory must be float32, float16, bfloat16 or float64, not torch.int32"):
         CrossBatchMemory(SoftContrastiveLoss(), DIM, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match="not torch.float8_e4m3fn"):
+        CrossBatchMemory(SoftContrastiveLoss(), DIM, 20).to(torch.float8_e4m3fn)(*next(batches(1, 16)))
 
 
 def test_a_memory_takes_the_loss_that_knows_it():
@@ -230,9 +234,16 @@ def test_a_bad_batch_is_refused_and_not_queued():
         (lambda: memory(rows, labels, enqueue_mask=[True] * 16), "booleans, not list"),
         (lambda: memory(rows, labels, enqueue_mask=torch.ones(15, dtype=torch.bool)), r"enqueue_mask must be \[16\]"),
         (lambda: failing(memory)(rows, labels), "while it computes"),
+        (lambda: CrossBatchMemory(SoftContrastiveLoss(check="wait"), DIM)(bad, labels), "row 7 of the embeddings is not finite"),
     ]:
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             call()
+    roomy = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
+    roomy(*given[0])
+    state = copy.deepcopy(roomy.state_dict())
+    with pytest.raises(RuntimeError, match="while it computes"):
+        failing(roomy)(rows, labels)
+    assert all(torch.equal(value, state[name]) for name, value in roomy.state_dict().items())
     assert torch.equal(memory.embedding_memory, before) and memory.queue_idx == 16
     assert memory.label_memory.tolist() == [*given[0][1].tolist(), -1, -1, -1, -1] and not memory.has_been_filled
     memory(rows, labels)
@@ -252,6 +263,19 @@ def test_a_row_that_nobody_raises_for_is_an_ignored_one_in_the_queue():
         assert loss == wanted
     assert memory.embedding_memory.isfinite().all()
     assert memory.label_memory.clamp_min(-1).tolist() == plain.label_memory.tolist()
+    # A memory that checks its rows takes up the queue.
+    plain.load_state_dict(memory.state_dict())
+
+
+def test_labels_of_every_width_are_queued_beside_a_row_that_is_not_finite():
+    (rows, labels), *_ = batches(1, 16, seed=7)
+    rows[3], labels = torch.nan, labels.abs()
+    found = []
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        memory = CrossBatchMemory(SoftContrastiveLoss(check=False), DIM, 20)
+        memory(rows, labels.to(dtype))
+        found.append((memory.label_memory.tolist(), memory.statistics["not_finite"]))
+    assert found[0] == found[1] == found[2] and found[0][1] == 1
 
 
 def test_rows_that_are_not_finite_are_counted_and_warned_of_as_what_they_are():
@@ -338,6 +362,11 @@ def test_a_state_dict_of_the_first_version_is_taken_up():
     again = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
     again.load_state_dict(old)
     assert again.filled == 16 and again(*given[1]) == memory(*given[1])
+    # It has no number of calls: the memory's own stays.
+    later = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=2)
+    later.start()
+    later.load_state_dict(old)
+    assert later.started
 
 
 def test_the_start_can_be_moved_and_old_pickles_have_one():
@@ -349,6 +378,9 @@ def test_the_start_can_be_moved_and_old_pickles_have_one():
     assert memory.started and memory.filled == 16
     memory.start_after = 3
     assert not memory.started
+    started = copy.deepcopy(memory)
+    started.start()
+    assert started.started
     del memory.__dict__["started"]
     assert not pickle.loads(pickle.dumps(memory)).started
 

@@ -84,17 +84,20 @@ def test_the_operator_passes_opcheck(dtype, references, device):
     if device == "cpu" and dtype != torch.float64:
         transposed = given[0].t().contiguous().t()
         torch.library.opcheck(torch.ops.ddtas.unit_rows.default, (transposed, 0))
-        torch.library.opcheck(torch.ops.ddtas.gradient_of_rows.default, (transposed, transposed.float(), 0))
+        for gradient in (transposed.float(), transposed.float().contiguous()):
+            torch.library.opcheck(torch.ops.ddtas.gradient_of_rows.default, (transposed, gradient, 0))
 
 
 def test_a_dispatch_mode_sees_the_operator():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen = []
+    seen, wanted = [], []
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             seen.append(str(operator))
+            if seen[-1] == "ddtas.loss.default":
+                wanted.append(args[10])
             return operator(*args, **(kwargs or {}))
 
     rows, labels = (torch.tensor(side) for side in unit_rows(20, 8, seed=1, classes=4))
@@ -105,6 +108,7 @@ def test_a_dispatch_mode_sees_the_operator():
             assert module(rows, labels) == want
     for name in ("loss", "unit_rows", "gradient_of_rows", "good_rows"):
         assert f"ddtas.{name}.default" in seen
+    assert wanted == [False, False], "no gradient is computed of references that are constants"
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -217,6 +221,10 @@ def test_a_batch_of_batches_and_of_upstreams_have_the_gradients_of_each(device):
     scales = torch.tensor([1.0, 2.0, 0.0])
     (got,) = torch.autograd.grad(value, rows, scales, is_grads_batched=True)
     assert torch.equal(got, scales[:, None, None] * want[0])
+    narrow = rows.detach().bfloat16().requires_grad_()
+    (got,) = torch.autograd.grad(of(narrow), narrow, scales, is_grads_batched=True)
+    (want,) = torch.autograd.grad(of(narrow), narrow)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, scales[:, None, None].bfloat16() * want) and want.any()
 
 
 class Network(torch.nn.Module):

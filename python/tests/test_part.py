@@ -129,6 +129,9 @@ def test_references_in_parts_get_their_gradient():
     totals = {"probe_neg": swept.probe_neg, "total_pos": same.total_pos}
     chosen = anchors.select(swept.max_neg, **totals)
     loss = anchors.gradient(chosen.count_pos, chosen.count_neg)
+    tangents = [np.random.default_rng(28).normal(size=side.shape).astype(np.float32) for side in (rows, others)]
+    sums = ddtas.threshold_gradient(rows, labels, tangents[0], others, other_labels, tangents[1])
+    assert anchors.threshold_gradient(*tangents) == pytest.approx(sums, rel=1e-6)
     found = []
     for a, b in [(0, 45), (45, 45), (45, 70)]:
         turned = ddtas.Part(others[a:b], other_labels[a:b], rows, labels, total=30)
@@ -195,6 +198,7 @@ BAD_PARTS = [
     ({"references": None}, TypeError, "the references must be a NumPy array or have __dlpack__, not NoneType"),
     ({"embeddings": small()[0][4:8].astype(float), "identity": None}, TypeError, "the anchors must be float32, float16 or bfloat16"),
     ({"labels": small()[1][:3]}, ValueError, "labels of the anchors: expected 4, got 3"),
+    ({"embeddings": 2 * small()[0][4:8]}, ValueError, "row 0 of the anchors has L2 norm 2.000000, not 1"),
     ({"settings": "asms"}, TypeError, "settings must be a ddtas.Settings"),
 ]
 
@@ -204,6 +208,10 @@ def test_parts_that_do_not_fit_are_refused(changes, kind, message):
     with pytest.raises(kind, match=message) as raised:
         part(**changes).same_class()
     assert "\n" not in str(raised.value)
+
+
+def test_rows_of_a_part_may_go_unchecked():
+    part(embeddings=np.full((4, 5), np.nan, np.float32), identity=None, check=False).same_class()
 
 
 def test_numbers_that_do_not_fit_are_refused():

@@ -183,6 +183,11 @@ def test_a_loss_of_unit_rows_reads_no_more_than_there_is():
     known = torch.arange(12)
     want = loss.loss_of_unit_rows(ROWS, LABELS, ROWS, LABELS, known)
     assert loss.loss_of_unit_rows(ROWS, LABELS.to(torch.int8), ROWS, LABELS.int(), known.int()) == want
+    apart = torch.stack([known, known], 1)[:, 0]
+    assert loss.loss_of_unit_rows(ROWS, LABELS, ROWS, LABELS, apart) == want
+    with pytest.raises(ValueError, match="row 0 of the anchors has L2 norm 2"):
+        loss.loss_of_unit_rows(2 * ROWS, LABELS)
+    loss.loss_of_unit_rows(2 * ROWS, LABELS, check=False)
 
 
 def test_a_search_reads_no_more_than_there_is():
@@ -292,6 +297,10 @@ def test_a_spoilt_memory_is_not_loaded():
     other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
     other.load_state_dict(good | {"embedding_memory": rest})
     assert other(ROWS, LABELS) == memory(ROWS, LABELS) and other.filled == 20
+    memory(ROWS, LABELS)
+    full = memory.state_dict()
+    with pytest.raises(ValueError, match="row 19 of the saved memory"):
+        other.load_state_dict(full | {"embedding_memory": full["embedding_memory"].index_fill(0, torch.tensor([19]), torch.nan)})
     # A loss that does not check takes any row.
     CrossBatchMemory(SoftContrastiveLoss(check=False), DIM, 20).load_state_dict(good | {"embedding_memory": nan})
 

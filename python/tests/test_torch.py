@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 import ddtas  # noqa: E402
 from ddtas import _ddtas  # noqa: E402
 from ddtas.torch import SoftContrastiveLoss, evaluate, recall_at_k  # noqa: E402
+from ddtas.torch.engine import Engine  # noqa: E402
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benches/device"))
@@ -114,6 +115,21 @@ def test_a_batch_that_is_its_own_reference_is_the_square_form():
     embeddings, labels = batch()
     loss = SoftContrastiveLoss()
     assert loss(embeddings, labels, ref_emb=embeddings, ref_labels=labels) == loss(embeddings, labels)
+
+
+def test_references_may_have_other_labels_and_types_than_the_anchors():
+    (embeddings, labels), (references, reference_labels) = batch(), batch(33, seed=1)
+    loss = SoftContrastiveLoss()
+    others = labels.roll(1)
+    want = loss(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=others)
+    assert loss(embeddings, labels, ref_emb=embeddings, ref_labels=others) == want != loss(embeddings, labels)
+    want = loss(embeddings, labels, ref_emb=references, ref_labels=reference_labels)
+    assert loss(embeddings, labels.int(), ref_emb=references, ref_labels=reference_labels.to(torch.int8)) == want
+    narrow = embeddings.bfloat16().requires_grad_()
+    value = loss(narrow, labels, ref_emb=references, ref_labels=reference_labels)
+    value.backward()
+    assert value == loss(narrow.float(), labels, ref_emb=references, ref_labels=reference_labels) > 0
+    assert narrow.grad.dtype == torch.bfloat16 and narrow.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -216,6 +232,7 @@ def test_a_loss_of_nothing_is_zero_and_has_a_gradient(dtype):
         assert embeddings.grad.shape == embeddings.shape and not embeddings.grad.any()
         assert threshold.grad.shape == (1,) and not threshold.grad.any()
         assert loss.statistics["active"] == loss.statistics["positives"] == 0
+        assert loss.statistics["ignored"] == (labels[:rows] < 0).sum()
 
 
 @pytest.mark.parametrize(
@@ -244,6 +261,18 @@ def test_ignored_rows_and_collapse_are_counted_and_warned_of_once():
         loss(collapsed, labels)
     assert len(warned) == 2, "once for each module"
     assert loss.statistics["ignored"] == 0 and abs(loss.statistics["spread"]) < 1e-4
+
+
+def test_a_compiled_call_warns_when_its_statistics_are_read():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(embeddings, labels)
+    with pytest.warns(UserWarning, match="rows with a negative label: 4;"):
+        loss.statistics
 
 
 def test_a_batch_of_one_kind_of_pairs_is_warned_of_once():
@@ -288,10 +317,19 @@ def test_unchecked_rows_that_are_not_finite_are_not_taken_for_a_bad_sampler():
 
 def test_arguments_of_the_constructor_alone_cannot_be_set_later():
     loss = SoftContrastiveLoss()
-    for name in ("check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient"):
+    for name in ("check", "threads", "workspace_budget", "allow_tf32", "group", "uneven", "gradient", "gather_references"):
         with pytest.raises(AttributeError, match=f"{name} is an argument of SoftContrastiveLoss and cannot be changed later"):
             setattr(loss, name, True)
     loss.check()
+
+    class Grouped(SoftContrastiveLoss):
+        """Has attributes of these names for something else."""
+
+    grouped = Grouped()
+    grouped.group = "birds"
+    with pytest.raises(AttributeError, match="check is an argument"):
+        grouped.check = False
+    grouped.check()
 
 
 def test_thresholds_that_are_tensors_are_saved_and_loaded():
@@ -315,6 +353,8 @@ def test_thresholds_that_are_tensors_are_saved_and_loaded():
     with pytest.raises(ValueError, match="lambda_neg = 3 is out of range"):
         both.load_state_dict({"lambda_pos": torch.tensor(0.5), "lambda_neg": torch.tensor(3.0)})
     assert both.lambda_pos == torch.tensor(0.4), "nothing was changed"
+    transient = SoftContrastiveLoss(lambda_pos=torch.nn.Buffer(torch.tensor(0.4), persistent=False))
+    assert not transient.state_dict() and list(transient.buffers())
     computed = SoftContrastiveLoss(lambda_pos=torch.sigmoid(torch.tensor(0.1, requires_grad=True)))
     assert not computed.state_dict(), "what it is computed from is saved elsewhere"
 
@@ -400,9 +440,10 @@ def test_settings_change_between_calls():
     with pytest.raises(ValueError, match="alpha = 0 is out of range"):
         loss.alpha = 0
     learned = torch.tensor(20.0, requires_grad=True)
-    for refused in (lambda: SoftContrastiveLoss(alpha=torch.nn.Parameter(learned)), lambda: setattr(loss, "alpha", learned)):
-        with pytest.raises(TypeError, match="alpha must be a number: it gets no gradient"):
-            refused()
+    for name in ("alpha", "beta", "gamma", "negative_ratio", "probe_ratio", "tolerance"):
+        for refused in (lambda: SoftContrastiveLoss(**{name: learned}), lambda: setattr(loss, name, learned)):
+            with pytest.raises(TypeError, match=f"{name} must be a number: it gets no gradient"):
+                refused()
     assert loss.alpha == 40
 
 
@@ -414,6 +455,8 @@ def test_statistics_tell_what_was_mined():
     output = ddtas.loss(embeddings / embeddings.norm(dim=1, keepdim=True), labels)
     assert loss.statistics["active"] == output.active > 0
     assert (loss.statistics["positives"], loss.statistics["negatives"]) == output.mined
+    means = loss.statistics["mean_pos"], loss.statistics["mean_neg"]
+    assert loss.statistics["spread"] == 1 - min(means) and means[0] != means[1]
 
 
 def test_what_does_not_fit_is_refused():
@@ -478,10 +521,10 @@ def test_unchecked_rows_pass_through():
 
 def test_a_module_can_be_copied_pickled_and_saved():
     embeddings, labels = batch()
-    loss = SoftContrastiveLoss(gamma=0.2, lambda_pos=torch.nn.Parameter(torch.tensor(0.6)), threads=1)
+    loss = SoftContrastiveLoss(gamma=0.2, lambda_pos=torch.nn.Parameter(torch.tensor(0.6)), threads=3)
     want = loss(embeddings, labels)
     for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert again(embeddings, labels) == want
+        assert again(embeddings, labels) == want and again._engine.host.threads == 3
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
@@ -505,6 +548,12 @@ def test_the_graph_can_be_walked_twice_and_not_differentiated_twice():
     (gradient,) = torch.autograd.grad(SoftContrastiveLoss()(embeddings, labels), embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match="once, not twice"):
         gradient.sum().backward()
+    # Nor with respect to a threshold, of rows that are constants.
+    threshold = torch.tensor(0.6, requires_grad=True)
+    value = SoftContrastiveLoss(lambda_neg=threshold)(embeddings.detach(), labels)
+    (gradient,) = torch.autograd.grad(value, threshold, create_graph=True)
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        gradient.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -544,7 +593,7 @@ def test_recall_of_tensors_is_that_of_arrays():
 
 
 def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
-    from ddtas.torch.engine import NOT_FINITE, Engine
+    from ddtas.torch.engine import NOT_FINITE
     from ddtas.torch.operator import STATISTICS
 
     engine = Engine()
@@ -581,6 +630,16 @@ def test_tf32_is_asked_of_the_gpu_alone(monkeypatch):
     for module in (fast, pickle.loads(pickle.dumps(fast)), SoftContrastiveLoss(workspace_budget=7)):
         module._engine.on_gpu(embeddings)
     assert asked == [(None, True), (None, True), (7, False)]
+
+
+def test_rows_on_a_gpu_are_computed_on_torch_s_current_stream_there(monkeypatch):
+    monkeypatch.setattr(_ddtas, "has_cuda", True)
+    monkeypatch.setattr(_ddtas, "CudaContext", lambda *given: object(), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    engine = Engine()
+    found = [engine.on_gpu(mock.Mock(get_device=lambda: device)) for device in (0, 3)]
+    assert [place for _, place in found] == [(0, 100), (3, 103)]
+    assert found[0][0] is found[1][0], "the workspaces are kept"
 
 
 def test_a_budget_changes_no_bit():

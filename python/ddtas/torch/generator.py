@@ -140,9 +140,9 @@ class ThresholdGenerator:
     def step(self, inputs: Tensor, labels: Tensor, meta: Batch | None = None) -> None:
         """Changes the thresholds by the virtual step of a batch: `inputs` of the network and labels `[B]`.
 
-        `meta` is the meta batch, inputs and labels; by default those of the last `meta_recent` batches given to `step` that have
-        inputs of the same shape, so that the first call only keeps its batch. Nothing changes if the batch or the meta batch
-        mines no pair, or has a row that is not finite. Waits for a GPU.
+        `meta` is the meta batch, inputs and labels; by default those of the last `meta_recent` batches given to `step` without one
+        that have inputs of the same shape, so that the first call only keeps its batch. Nothing changes if the batch or the meta
+        batch mines no pair, or has a row that is not finite. Waits for a GPU.
 
         Raises TypeError and ValueError for arguments of wrong types and shapes, RuntimeError in `torch.inference_mode`.
         """
