@@ -153,8 +153,12 @@ fn generator(settings: &GeneratorSettings, start: f64) -> Generator {
     Generator::new(settings.clone(), thresholds, Box::new(CpuBackend::new()))
 }
 
-/// Lambda after another step of `generator` on the features `train`.
+/// Lambda after step 0 of `generator` on the features `train`.
 fn learn(generator: &mut Generator, train: &Features, meta: Option<&Features>) -> f64 {
+    learn_at(0, generator, train, meta)
+}
+
+fn learn_at(step: usize, generator: &mut Generator, train: &Features, meta: Option<&Features>) -> f64 {
     let head = seeded(&Device::flex(), 1, || {
         let head = EmbeddingHead::new(9, 7, &Device::flex());
         let _ = head.forward(Tensor::zeros([1, 9], &Device::flex()));
@@ -164,7 +168,7 @@ fn learn(generator: &mut Generator, train: &Features, meta: Option<&Features>) -
     let loss = generator.lambda().applied_to(&loss);
     let (train, meta) = ((train.0.clone(), &*train.1), meta.map(|(meta, labels)| (meta.clone(), &**labels)));
     let memory = Memory::new(0, 0, 7);
-    generator.begin(0);
+    generator.begin(step);
     generator.learn_head(&head, train, meta, (&mut CpuBackend::new(), &memory), &loss).unwrap().pos
 }
 
@@ -184,6 +188,18 @@ fn recent_meta_batches_are_the_last_ones_before_this() {
         assert_eq!(got, want, "step {step}");
         assert_eq!(got != 0.5, step > 0, "step {step} has {} batches before it", before.len());
     }
+}
+
+#[test]
+fn lambda_comes_to_rest_at_the_end_of_a_rehearsal() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let (train, meta) =
+        ((uniform((12, 9), &mut rng), labels(4, 3)), (uniform((6, 9), &mut rng), labels(3, 2)));
+    let settings =
+        GeneratorSettings { kind: GeneratorKind::Head, rehearsal: 5, ..GeneratorSettings::default() };
+    let moved = |step| (learn_at(step, &mut generator(&settings, 0.5), &train, Some(&meta)) - 0.5).abs();
+    let [first, fourth, end] = [0, 4, 5].map(moved);
+    assert!(first > 1e-3 && (fourth - first / 5.0).abs() < 1e-9 && end == 0.0, "{first}, {fourth}, {end}");
 }
 
 #[test]
