@@ -199,6 +199,14 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
 }
 
 #[test]
+fn only_transformers_are_pooled_by_their_class_token_unless_told() {
+    use PoolingKind::{Avg, Cls};
+    use clap::ValueEnum;
+    let poolings = BackboneKind::value_variants().iter().map(|kind| kind.pooling()).collect::<Vec<_>>();
+    assert_eq!(poolings, [Avg, Avg, Avg, Avg, Avg, Cls, Cls]);
+}
+
+#[test]
 fn a_start_from_random_weights_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");

@@ -204,6 +204,60 @@ fn a_round_of_the_sampler_visits_every_class_once() {
 }
 
 #[test]
+fn each_round_and_each_batch_is_drawn_anew() {
+    let by_class: Vec<Vec<usize>> = (0..12).map(|c| (10 * c..10 * c + 10).collect()).collect();
+    let sampler = PkSampler::new(&by_class, 4, 3, 3).unwrap();
+    let classes = |step| sampler.batch(step).into_iter().step_by(3).map(|picture| picture / 10);
+    let first: Vec<Vec<usize>> = (0..8).map(|round| classes(3 * round).collect()).collect();
+    assert!((1..8).all(|round| first[round] != first[0]), "{first:?}");
+    let mut drawn: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); 12];
+    for step in 0..36 {
+        let batch = sampler.batch(step);
+        for three in batch.chunks(3) {
+            let different: BTreeSet<usize> = three.iter().copied().collect();
+            assert_eq!(different.len(), 3, "a picture twice in a batch");
+            drawn[three[0] / 10].extend(different);
+        }
+    }
+    assert!(drawn.iter().all(|pictures| pictures.len() > 7), "{drawn:?}");
+}
+
+#[test]
+fn a_class_with_few_pictures_gives_all_of_them_and_repeats_any() {
+    let sampler = PkSampler::new(&[vec![0, 1, 2], vec![3, 4, 5]], 2, 4, 1).unwrap();
+    let mut repeated = BTreeSet::new();
+    for step in 0..40 {
+        for four in sampler.batch(step).chunks(4) {
+            assert_eq!(four[..3].iter().collect::<BTreeSet<_>>().len(), 3, "{four:?}");
+            repeated.insert(four[3]);
+        }
+    }
+    assert_eq!(repeated.len(), 6, "{repeated:?}");
+    // Eight pictures to an epoch, of which the split has six.
+    assert_eq!(sampler.steps_per_epoch(), 1);
+    assert_eq!(PkSampler::new(&[vec![0; 3], vec![1; 4]], 2, 2, 1).unwrap().steps_per_epoch(), 2);
+}
+
+#[test]
+fn every_picture_is_varied_by_itself_and_anew_in_every_step() {
+    let root = tempfile::tempdir().unwrap();
+    for class in 0..4 {
+        fs::create_dir(root.path().join(format!("c{class}"))).unwrap();
+        // All the same.
+        (0..2).for_each(|number| write_picture(&root.path().join(format!("c{class}/{number}.png")), 0, 0));
+    }
+    let split = folder(root.path(), &FolderSettings::default()).unwrap().train;
+    let all = batches(&split, LoaderSettings::new(16, 4, 11));
+    let seen: BTreeSet<Vec<u32>> = all
+        .iter()
+        .flat_map(|batch| batch.pixels.chunks(3 * 16 * 16))
+        .map(|picture| picture.iter().map(|value| value.to_bits()).collect())
+        .collect();
+    assert_eq!(seen.len(), 4 * all[0].labels.len());
+    assert_ne!(all, batches(&split, LoaderSettings::new(16, 4, 12)), "the seed changes nothing");
+}
+
+#[test]
 fn loader_gives_the_same_batches_for_any_number_of_workers() {
     let (_root, dataset) = open(&[5, 2, 4, 2, 2, 2]);
     let with = |workers, queue| LoaderSettings { workers, queue, ..LoaderSettings::new(16, 9, 11) };
@@ -369,6 +423,12 @@ fn flips_mirror_half_of_the_pictures() {
         *seen.entry(flipped).or_insert(0) += 1;
     }
     assert!((70..=130).contains(&seen[&true]), "{seen:?}");
+    let never = AugmentSettings { flip: 0.0, ..settings };
+    for _ in 0..20 {
+        let mut pixels = Vec::new();
+        cropper.train(&ramp, &never, &mut rng, &mut pixels).unwrap();
+        assert!(pixels[0] < pixels[15], "mirrored without --flip");
+    }
 }
 
 #[test]

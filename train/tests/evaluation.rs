@@ -11,7 +11,7 @@ use assert_cmd::Command;
 use burn::tensor::Device;
 use ddtas_train::inference::EmbeddingsFile;
 use ddtas_train::model::{BackboneKind, EmbeddingNetwork, HeadKind, NetworkShape, PoolingKind};
-use ddtas_train::train::{Record, checkpoint, read_records};
+use ddtas_train::train::{EvaluationRecord, Record, checkpoint, read_records};
 use runs::{assert_refused, folder_of_pictures};
 use serde_json::Value;
 
@@ -105,13 +105,18 @@ fn test_pictures(place: &Path) -> PathBuf {
 #[test]
 fn a_checkpoint_gives_the_figures_its_run_ended_with() {
     let best = read_records(&trained().run.join("metrics.jsonl")).unwrap();
-    let recall_of = |record: &Record| match record {
-        Record::Evaluation(evaluation) => Some(evaluation.recall.clone()),
+    let evaluated = |record: &Record| match record {
+        Record::Evaluation(evaluation) => Some(evaluation.clone()),
         Record::Rehearsal(_) | Record::Step(_) => None,
     };
-    let best = best.iter().filter_map(recall_of).rev().max_by(|a, b| a[0].1.total_cmp(&b[0].1)).unwrap();
+    let at_1 = |evaluation: &EvaluationRecord| evaluation.recall[0].1;
+    let best = best.iter().filter_map(evaluated).rev().max_by(|a, b| at_1(a).total_cmp(&at_1(b))).unwrap();
     let evaluation = json("eval", &[&"--checkpoint", &checkpoint()]);
-    let best: Vec<(u64, f64)> = best.iter().map(|&(k, recall)| (k as u64, recall)).collect();
+    assert_eq!(
+        [&evaluation["r_precision"], &evaluation["map_at_r"]].map(Value::as_f64),
+        [best.r_precision, best.map_at_r]
+    );
+    let best: Vec<(u64, f64)> = best.recall.iter().map(|&(k, recall)| (k as u64, recall)).collect();
     assert_eq!(recalls(&evaluation), best);
     assert_eq!(evaluation["dataset"], "data");
     assert_eq!(evaluation["queries"], CLASSES / 2 * PICTURES);
@@ -126,6 +131,19 @@ fn a_checkpoint_gives_the_figures_its_run_ended_with() {
     assert!((0.0..=1.0).contains(&given["nmi"].as_f64().unwrap()));
     let r_precision = given["r_precision"].as_f64().unwrap();
     assert!(given["map_at_r"].as_f64().unwrap() <= r_precision && r_precision <= 1.0);
+}
+
+#[test]
+fn a_query_of_the_report_is_not_its_own_neighbour() {
+    let report = std::fs::read(trained().run.join("report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    let queries = report["queries"].as_array().unwrap();
+    assert_eq!(queries.len(), 10);
+    for query in queries {
+        let answers = query["answers"].as_array().unwrap();
+        assert_eq!(answers.len(), 8);
+        assert!(answers.iter().all(|answer| answer["png"] != query["png"]), "{}", query["class"]);
+    }
 }
 
 #[test]

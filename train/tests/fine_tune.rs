@@ -140,6 +140,14 @@ fn the_head_has_a_rate_of_its_own() {
 }
 
 #[test]
+fn the_rate_of_a_step_is_that_of_its_number() {
+    let of = |more: &str, steps| after(&format!("--weight-decay 0 --schedule {more}"), steps).1;
+    let falls = "step --milestones 1 --milestone-factor 0.5";
+    assert_eq!(of(falls, 1), of("constant", 1));
+    assert_ne!(of(falls, 2), of("constant", 2));
+}
+
+#[test]
 fn biases_and_normalisations_decay_only_where_all_weights_do() {
     for optimizer in ["adam", "adamw"] {
         let how = |more: &str| after(&format!("--optimizer {optimizer} {more}"), 2);
@@ -201,6 +209,27 @@ fn the_mean_of_the_weights_is_what_is_evaluated() {
         let frozen = got.iter().filter(|(name, _)| name.contains("running"));
         let kept = weights(&network);
         assert!(mode == "trainable" || frozen.clone().all(|(name, values)| kept[name] == *values));
+    }
+}
+
+#[test]
+fn a_step_without_pairs_goes_into_the_mean_too() {
+    let device = Device::flex().autodiff();
+    let settings = settings("--ema 0.9");
+    let network = network(&settings, &device);
+    let mut engine = engine(&settings, &network, &device);
+    assert!(engine.step(0, &batch(24, 100), None).unwrap());
+    let [before, mean] = [&engine.network, &engine.evaluated()].map(weights);
+    // Each picture is a class of its own.
+    let alone = ImageBatch { labels: (0..24).collect(), ..batch(24, 101) };
+    assert!(!engine.step(1, &alone, None).unwrap());
+    let [after, newer] = [&engine.network, &engine.evaluated()].map(weights);
+    assert_eq!(before["head.weight"], after["head.weight"]);
+    for ((old, new), latest) in
+        mean["head.weight"].iter().zip(&newer["head.weight"]).zip(&after["head.weight"])
+    {
+        let want = old + (1.0 - 2.0 / 11.0) * (latest - old);
+        assert!((new - want).abs() < 1e-6, "{new}, not {want}");
     }
 }
 

@@ -299,6 +299,18 @@ fn flips_change_embeddings_and_files_remember_them() {
     assert_eq!(plain.names, flipped.names);
     assert_ne!(plain.values, flipped.values);
     assert_eq!(json("eval --checkpoint run --flips --json")["queries"], 16);
+
+    // A picture and its mirror image are embedded alike.
+    let both = place().join("both");
+    fs::create_dir_all(&both).unwrap();
+    let picture = image::RgbImage::from_fn(24, 20, |x, y| image::Rgb([x as u8 * 9, y as u8 * 9, 90]));
+    picture.save(both.join("a.png")).unwrap();
+    image::imageops::flip_horizontal(&picture).save(both.join("b.png")).unwrap();
+    printed("embed --checkpoint run --images both --out both.safetensors --flips");
+    let rows = EmbeddingsFile::read(&place().join("both.safetensors")).unwrap().values;
+    let apart = (&rows.row(0) - &rows.row(1)).iter().fold(0.0f32, |most, off| most.max(off.abs()));
+    assert!(apart < 1e-5, "{apart}");
+    assert!(rows.outer_iter().all(|row| (row.dot(&row) - 1.0).abs() < 1e-5), "unit norm");
 }
 
 #[cfg(unix)]
@@ -503,6 +515,20 @@ fn a_run_with_a_removed_setting_goes_on_where_it_had_the_value_of_all_runs() {
     assert!(said("--resume older").contains("has finished"));
     fs::write(older.join("config.toml"), with(&config, "neighbours")).unwrap();
     assert_refused(&mut ddtas_train("--resume older"), "generator.meta_objective is not a setting");
+}
+
+#[test]
+fn of_equal_evaluations_the_first_is_the_best() {
+    let mut command = small_run(&place().join("equal"), 2);
+    command.args(["--dataset", "folder", "--classes-per-batch", "4", "--data-root", "data", "--init", "run"]);
+    // Too small a rate to change any weight.
+    command.args(["--batch-norm", "frozen", "--learning-rate", "1e-30"]).current_dir(place());
+    assert!(command.output().unwrap().status.success());
+    let recalls = runs::records(&place().join("equal")).1;
+    assert_eq!(recalls[0].recall, recalls[1].recall);
+    change(&place().join("equal/best.safetensors"), &place().join("equal/copy"), |facts, _| {
+        assert_eq!(facts["ddtas.step"], "0");
+    });
 }
 
 #[test]

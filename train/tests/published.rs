@@ -123,6 +123,18 @@ fn every_layout_is_read_back_as_it_was_drawn() {
 }
 
 #[test]
+fn the_98th_car_trains() {
+    let place = tempfile::tempdir().unwrap();
+    let all = FixtureSettings {
+        classes: 196,
+        images_per_class: 2,
+        ..fixture(DatasetKind::Cars196, Some(Layout::CarIms))
+    };
+    let cars = open(DatasetKind::Cars196, &write(&all, &place.path().join("set")).unwrap());
+    assert_eq!([cars.train.class_names().len(), cars.test.class_names().len()], [98, 98]);
+}
+
+#[test]
 fn crop_to_box_leaves_the_car_alone() {
     for (kind, layout, order) in [
         (DatasetKind::Cars196, Some(Layout::CarIms), [0, 1, 2, 3]),

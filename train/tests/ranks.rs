@@ -71,7 +71,9 @@ fn any_number_of_ranks_goes_the_way_of_one_process() {
             assert_same(&run("again", ranks, &[], 30), &folder, "the same ranks again");
         }
     }
-    let ways: [(&str, &[&str]); 6] = [
+    let ways: [(&str, &[&str]); 7] = [
+        // Here the sum of the gradients counts, not their direction alone.
+        ("adam", &["--optimizer", "adam", "--weight-decay", "0.1"]),
         ("head", &["--generator", "head"]),
         ("recent", &["--generator", "head", "--meta", "recent"]),
         ("full", &["--generator", "full"]),

@@ -9,7 +9,7 @@ use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
 use ddtas_train::train::PairLoss;
 use ddtas_train::train::report::{self, Baseline, Findings};
-use ddtas_train::train::{EvaluationRecord, Record, StepRecord, TrainSettings, choose, read_records};
+use ddtas_train::train::{EvaluationRecord, Record, Shown, StepRecord, TrainSettings, choose, read_records};
 use ndarray::Array2;
 
 fn step(step: usize) -> Record {
@@ -98,6 +98,7 @@ fn report_shows_recall_plots_neighbours_and_settings() {
         "raw pixels",
         "before training (random weights)",
         "from 1.3 % before training",
+        "Trained on 20 pictures of 10 classes, tested on 40 pictures of 10 classes it never saw.",
         "best, after 100 steps",
         ">31.0</b>",
         ">28.4</td>",
@@ -106,6 +107,8 @@ fn report_shows_recall_plots_neighbours_and_settings() {
         assert!(page.contains(part), "{part}");
     }
     assert_eq!(page.matches("<svg").count(), 6);
+    let recall = page.split("<svg").nth(1).and_then(|rest| rest.split("</svg>").next()).unwrap();
+    assert!(recall.contains(">\n40\n<"), "Recall@K in per cent: {recall}");
     assert!(page.contains("Unchanged throughout. Loss thresholds: lambda 0.7."));
     assert!(
         page.contains("<th>R-P</th>")
@@ -193,6 +196,29 @@ fn queries_are_not_the_same_picture_of_every_class() {
         assert_eq!(pictures, chosen(seed));
     }
     assert_ne!(chosen(0), chosen(1));
+}
+
+#[test]
+fn pictures_and_neighbours_are_named_by_their_places_in_the_splits() {
+    // The first two queries and the first picture of the gallery are unreadable.
+    let (rows, searched) = ([2, 3, 4], [1, 2]);
+    let nearest = |chosen: &[usize]| {
+        let mut nearest = Nearest::none(chosen.len(), 2)?;
+        nearest.indices.row_mut(0).assign(&ndarray::array![1, 0]);
+        Ok(nearest)
+    };
+    let shown = choose(&rows, &searched, (3, 0), nearest).unwrap();
+    assert_eq!(shown.iter().map(|shown| shown.picture).collect::<Vec<_>>(), rows);
+    assert_eq!(shown[0].answers.iter().map(|answer| answer.0).collect::<Vec<_>>(), [2, 1]);
+    assert!(shown[1].answers.is_empty());
+
+    // The fourth test class has pictures 12 to 15 of the queries, and 6 and 7 of the gallery.
+    let settings =
+        SyntheticSettings { classes: 20, train_pictures: 2, test_pictures: 4, ..Default::default() };
+    let cars = synthetic(&settings).unwrap();
+    let shown = [Shown { picture: 12, answers: vec![(7, 0.5), (3, 0.4)] }];
+    let (queries, _) = report::queries(&cars.test, &cars.train, &shown).unwrap();
+    assert_eq!([0, 1].map(|answer| queries[0].answers[answer].right), [true, false]);
 }
 
 #[test]

@@ -60,7 +60,7 @@ fn killed_runs_go_on_to_the_same_bytes_as_unbroken_ones() {
         ("off", &[]),
         ("head", &["--generator", "head", "--lambda-pair", "--lambda-ensemble", "3"]),
         ("recent", &["--generator", "head", "--meta", "recent"]),
-        ("rehearsal", &["--generator", "head", "--rehearsal", "40"]),
+        ("rehearsal", &["--generator", "head", "--meta", "recent", "--rehearsal", "40"]),
         ("full", &["--generator", "full", "--checkpoint-every", "1"]),
         (
             "mean",
@@ -263,8 +263,12 @@ fn a_run_goes_on_to_more_steps_or_to_fewer() {
         "ddtas-train: --steps 35: the run has done 36: give 36 or more",
     );
     assert_refused(&mut program(&on(&run, "0")), "--steps 0 is out of range");
+    fs::write(run.join("seconds.txt"), "1000.000 2000.000\n").unwrap();
     assert_finished(&finish(&on(&run, "120")));
     assert_same(&run, &unbroken, "36 steps, then 120");
+    let seconds = fs::read_to_string(run.join("seconds.txt")).unwrap();
+    let seconds: Vec<f64> = seconds.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    assert!(seconds[0] > 1000.0 && seconds[1] > 2000.0, "{seconds:?}");
     assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains("\nsteps = 120\n"));
     assert!(fs::read_to_string(run.join("report.html")).unwrap().contains("trained, after 120 steps"));
 

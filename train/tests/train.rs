@@ -69,6 +69,31 @@ fn pictures_are_mirrored_and_coloured_as_asked() {
 }
 
 #[test]
+fn steps_are_recorded_with_their_epochs_rates_and_pairs() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    let way = ["--mining", "none", "--warm-up", "0.5", "--learning-rate", "0.004"];
+    small_run(&run, 5).args(way).assert().success();
+    let (steps, _) = records(&run);
+    // The warm-up is 2.5 steps, rounded up; an epoch is 3,920 pictures in batches of 32.
+    let rates = [1.0 / 3.0, 2.0 / 3.0, 1.0, 1.0, 0.5].map(|share: f64| 0.004 * share);
+    for (at, (step, rate)) in steps.iter().zip(rates).enumerate() {
+        assert_eq!((step.step, step.epoch), (at, (at + 1) as f64 / 123.0));
+        assert!((step.learning_rate - rate).abs() < 1e-12, "step {at}: {}, not {rate}", step.learning_rate);
+        assert_eq!((step.mined_pos, step.mined_neg), (32 * 3, 32 * 28));
+    }
+}
+
+#[test]
+fn a_margin_is_a_half_unless_given() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    small_run(&run, 1).args(["--loss", "contrastive", "--mining", "none"]).assert().success();
+    let step = &records(&run).0[0];
+    assert_eq!([step.lambda_pos, step.lambda_neg], [0.5; 2]);
+}
+
+#[test]
 fn every_loss_and_mining_trains() {
     let place = tempfile::tempdir().unwrap();
     for loss in ["soft-contrastive", "contrastive", "multi-similarity"] {
@@ -85,7 +110,7 @@ fn every_loss_and_mining_trains() {
 fn best_checkpoint_starts_another_run_where_it_ended() {
     let place = tempfile::tempdir().unwrap();
     let (first, second) = (place.path().join("first"), place.path().join("second"));
-    small_run(&first, 12).assert().success();
+    small_run(&first, 12).args(["--ema", "0.5"]).assert().success();
     let (_, evaluations) = records(&first);
     let best = evaluations.iter().map(|evaluation| evaluation.recall[0].1).fold(0.0, f64::max);
 

@@ -287,3 +287,100 @@ fn random_crop(width: u32, height: u32, settings: &AugmentSettings, rng: &mut im
     let (w, h) = (width.min(height * aspect), height.min(width / aspect));
     [(width - w) / 2.0, (height - h) / 2.0, w, h]
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn random_crops_fill_the_range_of_areas_shapes_and_places() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let settings = AugmentSettings { smallest_crop: 0.25, ..AugmentSettings::default() };
+        // Area, shape, and place between the borders, of each crop.
+        let crops: Vec<[f64; 4]> = (0..2000)
+            .map(|_| {
+                let [left, top, width, height] = random_crop(200, 200, &settings, &mut rng);
+                let aspect = (width / height).ln() / (4.0f64 / 3.0).ln();
+                [width * height / 40_000.0, aspect, left / (200.0 - width), top / (200.0 - height)]
+            })
+            .collect();
+        // A large crop fits in few shapes, so there are fewer of these: the mean area is below 0.625.
+        let wanted = [(0.25, 1.0, 0.564), (-1.0, 1.0, 0.0), (0.0, 1.0, 0.5), (0.0, 1.0, 0.5)];
+        for (of, (least, most, mean)) in wanted.into_iter().enumerate() {
+            let values = || crops.iter().map(|crop| crop[of]);
+            let (low, high) =
+                values().fold((f64::MAX, f64::MIN), |(l, h), value| (l.min(value), h.max(value)));
+            let room = 0.03 * (most - least);
+            assert!(low >= least - 1e-9 && low < least + room, "{of}: the least is {low}");
+            assert!(high <= most + 1e-9 && high > most - 3.0 * room, "{of}: the most is {high}");
+            let found = values().sum::<f64>() / 2000.0;
+            assert!((found - mean).abs() < 2.0 * room, "{of}: the mean is {found}");
+        }
+    }
+
+    #[test]
+    fn a_picture_too_narrow_for_any_crop_is_cropped_in_its_middle() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let settings = AugmentSettings::default();
+        assert_eq!(random_crop(300, 30, &settings, &mut rng), [130.0, 0.0, 40.0, 30.0]);
+        assert_eq!(random_crop(30, 300, &settings, &mut rng), [0.0, 130.0, 30.0, 40.0]);
+    }
+
+    #[test]
+    fn colours_are_saturated_then_contrasted_then_brightened() {
+        let plain = Preprocessing { mean: [0.0; 3], deviation: [1.0; 3], ..Preprocessing::default() };
+        let pixels: Vec<u8> = (0..12).map(|at| (at * 53 % 256) as u8).collect();
+        let mean = pixels.iter().map(|&byte| f64::from(byte)).sum::<f64>() / (12.0 * 255.0);
+        let factors = [1.4f32, 0.7, 1.2];
+        let (mut row, mut got) = ([const { Vec::new() }; 3].map(|_: Vec<f32>| vec![0.0; 2]), vec![0.0; 12]);
+        write_planes(&pixels, 2, false, Some(factors), &plain, &mut row, &mut got);
+        let [brightness, contrast, saturation] = factors.map(f64::from);
+        for (at, rgb) in pixels.chunks(3).enumerate() {
+            let [red, green, blue] = [0, 1, 2].map(|c| f64::from(rgb[c]) / 255.0);
+            let grey = 0.299 * red + 0.587 * green + 0.114 * blue;
+            for (c, value) in [red, green, blue].into_iter().enumerate() {
+                let saturated = grey + (value - grey) * saturation;
+                let want = ((mean + (saturated - mean) * contrast) * brightness).clamp(0.0, 1.0);
+                let got = f64::from(got[c * 4 + at]);
+                assert!((got - want).abs() < 1e-6, "pixel {at}, channel {c}: {got}, not {want}");
+            }
+        }
+        assert!(got.contains(&1.0), "nothing is too bright");
+    }
+
+    #[test]
+    fn brightness_varies_to_both_sides() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let settings = AugmentSettings { jitter: 0.3, ..AugmentSettings::default() };
+        let mut cropper = Cropper::new(8, Preprocessing::symmetric()).unwrap();
+        let picture = RgbImage::from_pixel(9, 9, image::Rgb([102; 3]));
+        let mut brightness = || {
+            let mut pixels = Vec::new();
+            cropper.train(&picture, &settings, &mut rng, &mut pixels).unwrap();
+            (pixels[0] * 0.5 + 0.5) / 0.4
+        };
+        let drawn: Vec<f32> = (0..300).map(|_| brightness()).collect();
+        let (low, high) = drawn.iter().fold((2.0f32, 0.0f32), |(l, h), &value| (l.min(value), h.max(value)));
+        assert!((0.69..0.73).contains(&low) && (1.27..1.31).contains(&high), "{low} to {high}");
+    }
+
+    #[test]
+    fn pictures_resized_as_floats_are_not_rounded_to_bytes() {
+        let ramp = RgbImage::from_fn(16, 16, |x, _| image::Rgb([x as u8; 3]));
+        let rounded = |preprocessing: Preprocessing| {
+            let mut pixels = Vec::new();
+            Cropper::new(12, preprocessing).unwrap().test(&ramp, &mut pixels).unwrap();
+            let byte = |at: usize| {
+                let value = pixels[at] * preprocessing.deviation[0] + preprocessing.mean[0];
+                (255.0 * value).fract()
+            };
+            (0..12).all(|at| byte(at) < 1e-3 || byte(at) > 0.999)
+        };
+        assert!(rounded(Preprocessing::default()) && rounded(Preprocessing::symmetric()));
+        assert!(!rounded(Preprocessing::centred()));
+    }
+}

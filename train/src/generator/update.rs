@@ -220,6 +220,52 @@ mod tests {
     }
 
     #[test]
+    fn adam_follows_its_formula_over_many_steps() {
+        let rule = UpdateRule { optimizer: Optimizer::Adam, pair: true, ..RULE };
+        let mut member = Member::new(both(0.5), 0.01);
+        let (mut want, mut mean, mut square) = (0.5, 0.0, 0.0);
+        for (step, gradient) in (1..).zip([1.0f64, -0.5, 2.0, 0.25, -1.0]) {
+            member.update(ThresholdGradient { pos: gradient, neg: 0.0 }, &rule);
+            mean += 0.05 * (gradient - mean);
+            square += 0.001 * (gradient * gradient - square);
+            let unbiased = |value: f64, decay: f64| value / (1.0 - decay.powi(step));
+            want -= 0.01 * unbiased(mean, 0.95) / unbiased(square, 0.999).sqrt();
+            assert!(
+                (member.lambda.pos - want).abs() < 1e-9,
+                "step {step}: {}, not {want}",
+                member.lambda.pos
+            );
+        }
+        assert_eq!(member.lambda.neg, 0.5);
+    }
+
+    #[test]
+    fn an_ensemble_begins_around_lambda_with_rates_around_the_given_one() {
+        let settings =
+            GeneratorSettings { lambda_ensemble: 3, lambda_rate: 0.02, ..GeneratorSettings::default() };
+        let mut ensemble = Thresholds::new(both(0.7), &settings);
+        for (member, (lambda, rate)) in ensemble.members.iter().zip([(0.6, 0.01), (0.7, 0.02), (0.8, 0.04)]) {
+            assert!((member.lambda.pos - lambda).abs() < 1e-12 && (member.rate - rate).abs() < 1e-12);
+            assert_eq!(member.lambda, member.start);
+        }
+        ensemble.members[2].lambda = Lambda { pos: 0.5, neg: 0.2 };
+        let Lambda { pos, neg } = ensemble.lambda();
+        assert!(
+            (pos - 0.6).abs() < 1e-12 && (neg - 0.5).abs() < 1e-12,
+            "the mean of the members: {pos}, {neg}"
+        );
+    }
+
+    #[test]
+    fn in_a_rehearsal_the_pace_falls_to_zero() {
+        let pace = |rehearsal, step| {
+            UpdateRule::at(step, &GeneratorSettings { rehearsal, ..GeneratorSettings::default() }).pace
+        };
+        assert_eq!([0, 1, 3].map(|step| pace(4, step)), [1.0, 0.75, 0.25]);
+        assert_eq!(pace(0, 1000), 1.0);
+    }
+
+    #[test]
     fn range_holds_pull_returns_and_nan_is_passed_over() {
         let mut member = Member::new(both(0.5), 1.0);
         member.update(ThresholdGradient { pos: 0.0, neg: -9.0 }, &RULE);

@@ -150,3 +150,53 @@ impl BatchNorm {
         update(&self.running_variance, row(1).mul_scalar(unbiased));
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::model::read;
+
+    #[test]
+    fn statistics_and_outputs_are_the_formulas_with_the_bias_of_a_convolution() {
+        let device = Device::flex();
+        // Four values of each of two channels.
+        let values: [[f64; 4]; 2] = [[0.5, -1.0, 2.0, 0.0], [3.0, 3.5, 1.0, 2.0]];
+        let input = || {
+            let planes: Vec<f32> = (0..8).map(|at| values[at / 2 % 2][at / 4 * 2 + at % 2] as f32).collect();
+            Tensor::<4>::from_data(TensorData::new(planes, [2, 2, 1, 2]), &device)
+        };
+        let bias = [0.25, -0.5];
+        let norm = BatchNorm::new(2, Activation::None, &device);
+        let told = || Tensor::<1>::from_data(TensorData::from([0.25f32, -0.5]), &device);
+        let batch: Vec<[f64; 2]> = (0..2)
+            .map(|c| {
+                let mean = values[c].iter().sum::<f64>() / 4.0;
+                let variance = values[c].iter().map(|value| (value - mean).powi(2)).sum::<f64>() / 4.0;
+                [mean + bias[c], variance]
+            })
+            .collect();
+        // The running variance is unbiased.
+        let running = batch.iter().map(|[mean, variance]| [0.1 * mean, 0.9 + 0.1 * variance * 4.0 / 3.0]);
+        let running: Vec<[f64; 2]> = running.collect();
+        for (mode, statistics) in
+            [(Normalise::Training, &batch), (Normalise::Running, &running), (Normalise::Affine, &running)]
+        {
+            let output = read(norm.forward_biased(input(), Some(told()), mode)).unwrap();
+            for (at, got) in output.into_iter().enumerate() {
+                let c = at / 2 % 2;
+                let [mean, variance] = statistics[c];
+                let value = values[c][at / 4 * 2 + at % 2] + bias[c];
+                let want = (value - mean) / (variance + 1e-5).sqrt();
+                assert!((f64::from(got) - want).abs() < 1e-6, "{mode:?}, {at}: {got}, not {want}");
+            }
+            for (row, moving) in [&norm.running_mean, &norm.running_variance].into_iter().enumerate() {
+                let found = read(moving.value_sync()).unwrap();
+                let off = |c: usize| (f64::from(found[c]) - running[c][row]).abs();
+                assert!(off(0) < 1e-6 && off(1) < 1e-6, "{mode:?}, {row}: {found:?}, not {running:?}");
+            }
+        }
+    }
+}

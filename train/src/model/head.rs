@@ -80,3 +80,31 @@ pub fn to_unit_rows(rows: Tensor<2>) -> Tensor<2> {
     let norm = rows.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(SMALLEST_NORM);
     rows.div(norm)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::model::read;
+
+    #[test]
+    fn layer_norm_divides_by_the_biased_deviation() {
+        let device = Device::flex();
+        let head = EmbeddingHead::new(4, 2, &device).with_kind(HeadKind::LayerNormLinear);
+        let features = Tensor::from_data(TensorData::from([[1.0f32, 2.0, 3.0, 6.0], [0.5; 4]]), &device);
+        let got = read(head.input(features)).unwrap();
+        let deviation = (3.5f32 + 1e-5).sqrt();
+        let want = [-2.0, -1.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0].map(|centred: f32| centred / deviation);
+        assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-6), "{got:?}, not {want:?}");
+    }
+
+    #[test]
+    fn initial_weights_fill_the_range_of_xavier() {
+        let weights = read(EmbeddingHead::new(96, 32, &Device::flex()).weight.val()).unwrap();
+        let most = weights.iter().fold(0.0f32, |most, weight| most.max(weight.abs()));
+        let bound = (6.0f32 / 128.0).sqrt();
+        assert!(most <= bound && most > 0.98 * bound, "{most} of {bound}");
+    }
+}

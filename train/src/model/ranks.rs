@@ -130,3 +130,64 @@ fn like<const D: usize>(tensor: &Tensor<D>, values: &mut impl Iterator<Item = f3
     let values: Vec<f32> = values.take(shape.num_elements()).collect();
     Tensor::from_data(TensorData::new(values, shape), &tensor.device())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use std::rc::Rc;
+
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
+    use crate::ranks::{on_threads, together};
+
+    /// Gradients that are `value` in every entry.
+    struct Constant {
+        value: f32,
+        gradients: GradientsParams,
+    }
+
+    impl ModuleVisitor for Constant {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.val().is_require_grad() {
+                let zeros = param.val().inner().zeros_like();
+                self.gradients.register(param.id, zeros.add_scalar(self.value));
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_summed_and_statistics_weighted_by_share() {
+        let shape = NetworkShape {
+            backbone: BackboneKind::Residual,
+            pooling: PoolingKind::Avg,
+            width: 2,
+            depth: 1,
+            embedding_dim: 3,
+            head: HeadKind::Linear,
+        };
+        let done = on_threads(2, |ranks| {
+            let value = 1.0 + 2.0 * ranks.rank() as f32;
+            together(&Rc::clone(&ranks), || {
+                let network = EmbeddingNetwork::new(&shape, &Device::flex().autodiff());
+                let mut own = Constant { value, gradients: GradientsParams::new() };
+                network.visit(&mut own);
+                let sums = sum_gradients(&*ranks, &network, own.gradients)?;
+                let mut flat = Flat { gradients: &sums, values: Ok(Vec::new()) };
+                network.visit(&mut flat);
+                let sums = flat.values?;
+                assert!(sums.len() > 100 && sums.iter().all(|&sum| sum == 4.0), "{sums:?}");
+
+                let network = network.map(&mut Replace { values: vec![value; 10_000].into_iter() });
+                let share = [0.25, 0.75][ranks.rank()];
+                let mut found = Statistics(Ok(Vec::new()));
+                mean_statistics(&*ranks, network, share)?.visit(&mut found);
+                let means = found.0?;
+                assert!(means.len() > 10 && means.iter().all(|&mean| mean == 2.5), "{means:?}");
+                Ok(())
+            })
+        });
+        done.unwrap();
+    }
+}

@@ -220,8 +220,9 @@ impl<O: Optimizer> Optimizer for Scaled<O> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
+    use burn::optim::GradientsParams;
     use burn::store::ModuleSnapshot;
     use clap::Parser;
 
@@ -265,6 +266,81 @@ mod tests {
             assert!(decayed.iter().all(|decayed| weights.contains(&name(decayed))), "{weights:?}");
             assert!(weights.contains("head.weight") && others.contains("head.bias"), "{weights:?}");
             assert_eq!(others.contains("pooling.exponent"), arguments.contains("gem"));
+        }
+    }
+    /// Gradients of three steps, as small as late in a run, where a larger epsilon would shorten the steps.
+    const GRADIENTS: [f64; 3] = [2e-6, -1e-6, 3e-6];
+
+    /// Gradients that are `value` in every entry.
+    struct Constant {
+        value: f64,
+        gradients: GradientsParams,
+    }
+
+    impl ModuleVisitor for Constant {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.val().is_require_grad() {
+                let zeros = param.val().inner().zeros_like();
+                self.gradients.register(param.id, zeros.add_scalar(self.value));
+            }
+        }
+    }
+
+    /// Every entry of every tensor of the network, by Burn's names.
+    fn entries(network: &EmbeddingNetwork) -> BTreeMap<String, Vec<f32>> {
+        let named = |tensor: burn::store::burn_pack::Tensor| {
+            let (name, .., bytes) = tensor.into_parts().unwrap();
+            (name, bytemuck::pod_collect_to_vec(&bytes))
+        };
+        network.collect(None, None, true).into_iter().map(named).collect()
+    }
+
+    /// A weight after three steps of Adam or AdamW, in float64.
+    fn stepped(kind: OptimizerKind, mut value: f64, rate: f64, decay: f64) -> f64 {
+        let (mut mean, mut square) = (0.0, 0.0);
+        for (step, gradient) in (1..).zip(GRADIENTS) {
+            let (added, kept) = match kind {
+                OptimizerKind::Adam => (decay * value, 1.0),
+                OptimizerKind::AdamW => (0.0, 1.0 - rate * decay),
+            };
+            let gradient = gradient + added;
+            mean = 0.9 * mean + 0.1 * gradient;
+            square = 0.999 * square + 0.001 * gradient * gradient;
+            let unbiased = |value: f64, decay: f64| value / (1.0 - decay.powi(step));
+            value = kept * value - rate * unbiased(mean, 0.9) / (unbiased(square, 0.999).sqrt() + 1e-8);
+        }
+        value
+    }
+
+    #[test]
+    fn steps_are_those_of_the_formulas_in_every_group() {
+        let device = Device::flex().autodiff();
+        for (arguments, kind, on_others) in [
+            ("--optimizer adamw", OptimizerKind::AdamW, 0.5),
+            ("--optimizer adamw --weight-decay-on weights", OptimizerKind::AdamW, 0.0),
+            ("--optimizer adam", OptimizerKind::Adam, 0.5),
+            ("--optimizer adam --weight-decay-on weights", OptimizerKind::Adam, 0.0),
+        ] {
+            let all = format!("test --width 4 --embedding-dim 6 --head-learning-rate 5e-3 {arguments}");
+            let settings = Arguments::parse_from(all.split(' ')).settings;
+            let mut network = EmbeddingNetwork::new(&settings.network_shape(), &device);
+            let before = entries(&network);
+            let mut optimizer = settings.optimizer.optimizer(&network, 1e-3, 0.5);
+            for value in GRADIENTS {
+                let mut constant = Constant { value, gradients: GradientsParams::new() };
+                network.visit(&mut constant);
+                network = optimizer.step(1e-3, network, constant.gradients);
+            }
+            for (name, got) in entries(&network) {
+                let rate = if name.starts_with("head.") { 5e-3 } else { 1e-3 };
+                let decay = if name.ends_with(".weight") { 0.5 } else { on_others };
+                for (got, &old) in got.iter().zip(&before[&name]) {
+                    let old = f64::from(old);
+                    let moves = !name.contains("running");
+                    let want = if moves { stepped(kind, old, rate, decay) } else { old };
+                    assert!((f64::from(*got) - want).abs() < 2e-6, "{arguments}, {name}: {got}, not {want}");
+                }
+            }
         }
     }
 }

@@ -330,6 +330,22 @@ mod tests {
     }
 
     #[test]
+    fn initial_weights_keep_the_scale_of_the_gradients() {
+        let (mut builder, images) = Builder::new(NormOptions::new(Activation::Relu), &Device::flex());
+        let names = || [String::new(), String::new()];
+        let wide = builder.unit(names(), Convolution::new(64, 3), images);
+        let depthwise = Convolution { depthwise: true, ..Convolution::new(64, 5) };
+        let last = builder.unit(names(), depthwise, wide);
+        // The values that each input reaches: 64 channels of 3 x 3, and one of 5 x 5.
+        for (unit, reached) in builder.build(last).units.iter().zip([64 * 9, 25]) {
+            let weights = crate::model::read(unit.weight.val()).unwrap();
+            let square = weights.iter().map(|weight| weight * weight).sum::<f32>() / weights.len() as f32;
+            let ratio = square * reached as f32 / 2.0;
+            assert!((0.8..1.25).contains(&ratio), "{reached}: {ratio}");
+        }
+    }
+
+    #[test]
     fn sizes_are_those_of_the_tensors() {
         let device = Device::flex();
         let [lite0, resnet18] =

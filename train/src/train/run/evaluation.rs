@@ -215,3 +215,45 @@ fn to_unit_row(picture: &mut [f32]) {
         picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use image::{Rgb, RgbImage};
+
+    use super::*;
+    use crate::data::RECALL_AT;
+
+    #[test]
+    fn raw_pixels_are_compared_whatever_their_brightness_and_contrast() {
+        let place = tempfile::tempdir().unwrap();
+        let files = [(1, 10), (2, 40)].map(|(contrast, brightness)| {
+            let path = place.path().join(format!("{contrast}.png"));
+            let shade = |x: u32, y: u32| [x * 6, y * 6, x * y / 2].map(|v| (v * contrast + brightness) as u8);
+            RgbImage::from_fn(12, 12, |x, y| Rgb(shade(x, y))).save(&path).unwrap();
+            path
+        });
+        let split = Arc::new(Split::from_files(vec![("a".to_owned(), files.to_vec())], 0));
+        let dataset = Dataset {
+            name: String::new(),
+            train: Arc::clone(&split),
+            test: Arc::clone(&split),
+            gallery: None,
+            seen: false,
+            recall_at: RECALL_AT,
+            warnings: Vec::new(),
+        };
+        let (preprocessing, stop) = (Preprocessing::caffe(), AtomicBool::new(false));
+        let test = Test {
+            dataset: &dataset,
+            image_size: 12,
+            preprocessing,
+            stop: &stop,
+            ranks: Rc::new(ranks::One),
+        };
+        let rows = test.pixel_rows(&split, 12).unwrap();
+        let rows = rows.view().unwrap();
+        assert!((rows.row(0).dot(&rows.row(0)) - 1.0).abs() < 1e-5);
+        assert!((rows.row(0).dot(&rows.row(1)) - 1.0).abs() < 1e-5, "{}", rows.row(0).dot(&rows.row(1)));
+    }
+}

@@ -189,3 +189,30 @@ fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler
     fewer_than(there, "meta-classes", wanted)?;
     PkSampler::new(dataset.train.by_class(), wanted, generator.meta_images, settings.seed ^ META_SEED)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+mod tests {
+    use super::*;
+    use crate::data::synthetic::{SyntheticSettings, synthetic};
+    use crate::ranks::One;
+
+    #[test]
+    fn meta_batches_are_other_pictures_than_training_batches_and_varied_otherwise() {
+        let mut settings = TrainSettings { image_size: 16, images_per_class: 2, ..TrainSettings::default() };
+        (settings.generator.kind, settings.generator.meta_classes) = (GeneratorKind::Head, Some(4));
+        let cars =
+            SyntheticSettings { classes: 8, train_pictures: 6, test_pictures: 2, ..Default::default() };
+        let dataset = synthetic(&cars).unwrap();
+        let sampler = PkSampler::new(dataset.train.by_class(), 4, 2, settings.seed).unwrap();
+        let meta = meta_sampler(&settings, &dataset).unwrap();
+        assert_eq!(meta.batch_size(), sampler.batch_size());
+        assert!((0..4).all(|step| meta.batch(step) != sampler.batch(step)));
+        // The same pictures for both, cropped and coloured apart.
+        let mut batches = Batches::new(&settings, &dataset, &sampler, Some(&sampler), 3..4, &One).unwrap();
+        let (batch, meta) = batches.next().unwrap().unwrap();
+        let meta = meta.unwrap();
+        assert_eq!((&batch.indices, &meta.indices), (&sampler.batch(3), &sampler.batch(3)));
+        assert_ne!(batch.pixels, meta.pixels);
+    }
+}
