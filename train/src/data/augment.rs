@@ -336,7 +336,7 @@ mod tests {
         let pixels: Vec<u8> = (0..12).map(|at| (at * 53 % 256) as u8).collect();
         let mean = pixels.iter().map(|&byte| f64::from(byte)).sum::<f64>() / (12.0 * 255.0);
         let factors = [1.4f32, 0.7, 1.2];
-        let (mut row, mut got) = ([const { Vec::new() }; 3].map(|_: Vec<f32>| vec![0.0; 2]), vec![0.0; 12]);
+        let (mut row, mut got) = (std::array::from_fn(|_| vec![0.0; 2]), vec![0.0; 12]);
         write_planes(&pixels, 2, false, Some(factors), &plain, &mut row, &mut got);
         let [brightness, contrast, saturation] = factors.map(f64::from);
         for (at, rgb) in pixels.chunks(3).enumerate() {
