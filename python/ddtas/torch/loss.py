@@ -242,7 +242,8 @@ class SoftContrastiveLoss(nn.Module):
     def _engine_key(self) -> int:
         """That of the module's engine. A program that is exported and loaded in another process must not compute in the engine that
         has this number there."""
-        return SHARED.key if torch.compiler.is_exporting() else self._engine.key
+        # What torch.compiler.is_exporting() returns, which in graphs of torch 2.11 is always True.
+        return SHARED.key if torch.compiler._is_exporting_flag else self._engine.key
 
     def unit_rows(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows as the loss compares them: normalised, in their own type; unchanged for `normalize_embeddings=False`. And the

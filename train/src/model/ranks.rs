@@ -133,7 +133,7 @@ fn like<const D: usize>(tensor: &Tensor<D>, values: &mut impl Iterator<Item = f3
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test stops where something is off")]
-mod tests {
+pub(crate) mod tests {
     use std::rc::Rc;
 
     use burn::tensor::Device;
@@ -142,19 +142,20 @@ mod tests {
     use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
     use crate::ranks::{on_threads, together};
 
-    /// Gradients that are `value` in every entry.
-    struct Constant {
-        value: f32,
-        gradients: GradientsParams,
-    }
-
-    impl ModuleVisitor for Constant {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.val().is_require_grad() {
-                let zeros = param.val().inner().zeros_like();
-                self.gradients.register(param.id, zeros.add_scalar(self.value));
+    /// Gradients of a network that are `value` in every entry.
+    pub(crate) fn constant_gradients(network: &EmbeddingNetwork, value: f64) -> GradientsParams {
+        struct Constant(f64, GradientsParams);
+        impl ModuleVisitor for Constant {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if param.val().is_require_grad() {
+                    let zeros = param.val().inner().zeros_like();
+                    self.1.register(param.id, zeros.add_scalar(self.0));
+                }
             }
         }
+        let mut constant = Constant(value, GradientsParams::new());
+        network.visit(&mut constant);
+        constant.1
     }
 
     #[test]
@@ -171,9 +172,8 @@ mod tests {
             let value = 1.0 + 2.0 * ranks.rank() as f32;
             together(&Rc::clone(&ranks), || {
                 let network = EmbeddingNetwork::new(&shape, &Device::flex().autodiff());
-                let mut own = Constant { value, gradients: GradientsParams::new() };
-                network.visit(&mut own);
-                let sums = sum_gradients(&*ranks, &network, own.gradients)?;
+                let own = constant_gradients(&network, f64::from(value));
+                let sums = sum_gradients(&*ranks, &network, own)?;
                 let mut flat = Flat { gradients: &sums, values: Ok(Vec::new()) };
                 network.visit(&mut flat);
                 let sums = flat.values?;

@@ -222,11 +222,11 @@ impl<O: Optimizer> Optimizer for Scaled<O> {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use burn::optim::GradientsParams;
     use burn::store::ModuleSnapshot;
     use clap::Parser;
 
     use super::*;
+    use crate::model::ranks::tests::constant_gradients;
     use crate::train::TrainSettings;
 
     #[derive(Parser)]
@@ -271,21 +271,6 @@ mod tests {
     /// Gradients of three steps, as small as late in a run, where a larger epsilon would shorten the steps.
     const GRADIENTS: [f64; 3] = [2e-6, -1e-6, 3e-6];
 
-    /// Gradients that are `value` in every entry.
-    struct Constant {
-        value: f64,
-        gradients: GradientsParams,
-    }
-
-    impl ModuleVisitor for Constant {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.val().is_require_grad() {
-                let zeros = param.val().inner().zeros_like();
-                self.gradients.register(param.id, zeros.add_scalar(self.value));
-            }
-        }
-    }
-
     /// Every entry of every tensor of the network, by Burn's names.
     fn entries(network: &EmbeddingNetwork) -> BTreeMap<String, Vec<f32>> {
         let named = |tensor: burn::store::burn_pack::Tensor| {
@@ -327,9 +312,8 @@ mod tests {
             let before = entries(&network);
             let mut optimizer = settings.optimizer.optimizer(&network, 1e-3, 0.5);
             for value in GRADIENTS {
-                let mut constant = Constant { value, gradients: GradientsParams::new() };
-                network.visit(&mut constant);
-                network = optimizer.step(1e-3, network, constant.gradients);
+                let gradients = constant_gradients(&network, value);
+                network = optimizer.step(1e-3, network, gradients);
             }
             for (name, got) in entries(&network) {
                 let rate = if name.starts_with("head.") { 5e-3 } else { 1e-3 };
