@@ -82,7 +82,8 @@ build() {
     source .ci/tools.sh
     # For the bindings of mpi.h: PyPI's libclang lacks the compiler's own headers.
     name_tools
-    export BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
+    BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
+    export BINDGEN_EXTRA_CLANG_ARGS
     # Through a test, so that only this package is built again.
     cargo test --release --quiet --no-run --features ddtas-train/mpi,ddtas-train/nccl --test ranks
     cargo clippy --release --quiet --features ddtas-train/mpi,ddtas-train/nccl --lib --bins --test ranks -- -D warnings

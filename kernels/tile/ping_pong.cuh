@@ -156,8 +156,7 @@ struct TeamWarp {
     uint32_t team;
     uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
 
-    // acc = the products of the walk's tile. `meanwhile()` is called while the last ones are running; exact f32 after
-    // them.
+    // acc = the products of the walk's tile. `meanwhile()` is called while the last ones are running; exact f32 after them.
     template <class Precision, class Shared, class Walk, class Meanwhile>
     DEVICE void multiply(WgmmaAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
         clear(acc);

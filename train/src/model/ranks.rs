@@ -139,7 +139,7 @@ pub(crate) mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
+    use crate::model::{BackboneKind, NetworkShape};
     use crate::ranks::{on_threads, together};
 
     /// Gradients of a network that are `value` in every entry.
@@ -160,14 +160,8 @@ pub(crate) mod tests {
 
     #[test]
     fn gradients_are_summed_and_statistics_weighted_by_share() {
-        let shape = NetworkShape {
-            backbone: BackboneKind::Residual,
-            pooling: PoolingKind::Avg,
-            width: 2,
-            depth: 1,
-            embedding_dim: 3,
-            head: HeadKind::Linear,
-        };
+        let residual = NetworkShape::published(BackboneKind::Residual);
+        let shape = NetworkShape { width: 2, depth: 1, embedding_dim: 3, ..residual };
         let done = on_threads(2, |ranks| {
             let value = 1.0 + 2.0 * ranks.rank() as f32;
             together(&Rc::clone(&ranks), || {

@@ -108,19 +108,13 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
+    use crate::model::{BackboneKind, NetworkShape};
 
     #[test]
     fn weights_are_drawn_before_they_move() {
         let cpu = Device::flex().autodiff();
-        let shape = NetworkShape {
-            backbone: BackboneKind::Residual,
-            pooling: PoolingKind::Avg,
-            width: 2,
-            depth: 1,
-            embedding_dim: 3,
-            head: HeadKind::Linear,
-        };
+        let residual = NetworkShape::published(BackboneKind::Residual);
+        let shape = NetworkShape { width: 2, depth: 1, embedding_dim: 3, ..residual };
         let network = EmbeddingNetwork::new(&shape, &cpu);
         assert!(!network.head.weight.is_initialized(), "Burn draws at once: `moved` needs no clone any more");
         let network = moved(network, &cpu);
